@@ -1,0 +1,29 @@
+# Two commands do everything on a machine with Python 3.11+ and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO := runs/prcl/demo
+
+.PHONY: setup demo test lint
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,plots,tensorboard]'
+	touch $@
+
+demo: setup
+	$(BIN)/accelerate launch prcl/train.py --config prcl/configs/demo.json
+	$(BIN)/python prcl/eval.py $(DEMO) -s
+	@echo "Pictures: $(DEMO)/pictures (panels and curve of the training), $(DEMO)/eval/pictures (every validation image)"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,45 @@
+"""Augmentation on tensors: the same functions in a worker (uint8, CPU) and in the training step (float, device).
+
+Every random choice is drawn first, on the host, from a `numpy.random.Generator` of the caller (`draw_*`), then applied
+(`apply_*`, `flip`; `mix_batch` does both): the augmentation of an image follows from its generator alone. Applying
+never waits for the device.
+Images are uint8 or float in [0, 1] until `normalize`, which is called right before a network.
+"""
+
+from common.augment.geometry import (
+    Geometry,
+    apply_geometry,
+    apply_geometry_batch,
+    draw_flip,
+    draw_geometry,
+    flip,
+    flip_batch,
+)
+from common.augment.mixing import mix_batch
+from common.augment.photometric import (
+    Photometric,
+    PhotometricRanges,
+    apply_photometric,
+    apply_photometric_batch,
+    denormalize,
+    draw_photometric,
+    normalize,
+)
+
+__all__ = [
+    "Geometry",
+    "Photometric",
+    "PhotometricRanges",
+    "apply_geometry",
+    "apply_geometry_batch",
+    "apply_photometric",
+    "apply_photometric_batch",
+    "denormalize",
+    "draw_flip",
+    "draw_geometry",
+    "draw_photometric",
+    "flip",
+    "flip_batch",
+    "mix_batch",
+    "normalize",
+]

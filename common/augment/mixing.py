@@ -1,0 +1,120 @@
+"""CutMix, CutOut and ClassMix: part of every image is replaced (PRCL 4.4: boxes of half the area, half of the classes).
+
+A mask is boolean [B,H,W], True where an image keeps its own pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from common.augment.photometric import imagenet_statistics
+from common.errors import UserError
+
+IGNORE = 255
+MODES = ("none", "cutout", "cutmix", "classmix")
+
+
+@dataclass(frozen=True)
+class Box:
+    """Pixels; `top` and `left` are inside, `bottom` and `right` are not."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
+def draw_box(rng: Generator, height: int, width: int) -> Box:
+    """A box of half the image's area. Drawn in the order width, left, top."""
+    box_width = int(rng.integers(width // 2 + 1, width))
+    box_height = round(height * width / 2 / box_width)
+    left = int(rng.integers(0, width - box_width + 1))
+    top = int(rng.integers(0, height - box_height + 1))
+    return Box(top, left, top + box_height, left + box_width)
+
+
+def box_mask(boxes: Sequence[Box], height: int, width: int, device: torch.device) -> Tensor:
+    """[B,H,W], one box an image: False inside it."""
+    mask = torch.ones(len(boxes), height, width, dtype=torch.bool, device=device)
+    for one, box in zip(mask, boxes, strict=True):
+        one[box.top : box.bottom, box.left : box.right] = False
+    return mask
+
+
+def draw_class_keys(rng: Generator) -> np.ndarray:
+    """A random rank for each of the 256 values a label can have: which of them are present only the device knows."""
+    return rng.permutation(256)
+
+
+def class_mask(label: Tensor, keys: np.ndarray) -> Tensor:
+    """[B,H,W]: True on half (rounded down) of the values present in each image's own label, those of the lowest keys.
+
+    `label` int64 [B,H,W], where ignore counts as a class like any other; `keys` [B,256] of `draw_class_keys`. With one
+    value present none is kept: the image is replaced whole.
+    """
+    values = label.flatten(1)
+    present = torch.zeros(len(label), 256, dtype=torch.bool, device=label.device).scatter_(1, values, True)
+    order = _to_device(keys, label.device).masked_fill(~present, 256)
+    rank = order.argsort(1).argsort(1)
+    kept = rank < present.sum(1, keepdim=True) // 2
+    return kept.gather(1, values).view_as(label)
+
+
+def mix(own: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
+    """`own` where `mask`, else `partner`: both [B,H,W], or [B,C,H,W] with the same mask for every channel."""
+    return torch.where(mask if own.dim() == mask.dim() else mask.unsqueeze(1), own, partner)
+
+
+def cut_out(image: Tensor, label: Tensor, confidence: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Outside `mask` the image gets the ImageNet mean colour (0 once normalised), the label 255, the confidence 0."""
+    mean, _ = imagenet_statistics(image.device)
+    return mix(image, mean, mask), label.masked_fill(~mask, IGNORE), confidence.masked_fill(~mask, 0)
+
+
+def mix_batch(
+    mode: str,
+    image: Tensor,
+    label: Tensor,
+    confidence: Tensor,
+    rngs: Sequence[Generator],
+    partner_of_last: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix every image of a batch with the next one; the last with `partner_of_last`, or with the first if that is None.
+
+    mode: "none", "cutout" (a box is emptied, there is no partner), "cutmix" (a box comes from the partner) or
+        "classmix" (half of the image's own classes stay, the rest comes from the partner).
+    image: float in [0, 1] [B,3,H,W]; label: int64 [B,H,W]; confidence: [B,H,W].
+    rngs: one generator an image, so that what an image is given does not depend on how the batch is split.
+    partner_of_last: image [3,H,W], label [H,W] and confidence [H,W] that come after this batch: the first of the next
+        process. With it, processes mix as one that holds the whole batch does.
+
+    Raises UserError for another mode, ValueError when there are not as many generators as images.
+    """
+    if mode not in MODES:
+        raise UserError(f"mixing mode {mode!r} is not known: use one of {', '.join(MODES)}")
+    if len(rngs) != len(image):
+        raise ValueError(f"{len(rngs)} generators for {len(image)} images")
+    if mode == "none":
+        return image, label, confidence
+    if mode == "classmix":
+        mask = class_mask(label, np.stack([draw_class_keys(rng) for rng in rngs]))
+    else:
+        height, width = label.shape[-2:]
+        mask = box_mask([draw_box(rng, height, width) for rng in rngs], height, width, label.device)
+    if mode == "cutout":
+        return cut_out(image, label, confidence, mask)
+    own = (image, label, confidence)
+    following = [one[0] for one in own] if partner_of_last is None else partner_of_last
+    return tuple(mix(o, torch.cat((o[1:], f.unsqueeze(0))), mask) for o, f in zip(own, following, strict=True))
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy that does not wait for the device, which only page-locked memory allows."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

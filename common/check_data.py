@@ -1,0 +1,201 @@
+"""Look at the data a config names, before a long run does.
+
+    python -m common.check_data --config prcl/configs/voc.json --data.root data/VOC2012
+
+Every image of the three lists is decoded, and every label of the labeled and the validation list. Reported are the tree
+that was found, the lists, missing and broken files, sizes, and the share of pixels of each class. The last line is the
+verdict; the exit status is 2 when something is wrong.
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from jsonargparse import ArgumentError, ArgumentParser
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from common.config import DataConfig, SharedConfig, flatten, load_config, to_dict
+from common.datasets import Source, open_source
+from common.datasets.source import IGNORE
+from common.datasets.splits import Split, read_split
+from common.errors import UserError
+
+SHOWN_FAULTS = 5
+
+
+@dataclass
+class Findings:
+    """What the files of one list hold: `sizes` counts (width, height), `pixels` int64 [256] class ids and 255."""
+
+    images: int = 0
+    missing: int = 0
+    broken: int = 0
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(IGNORE + 1, np.int64))
+    faults: list[str] = field(default_factory=list)
+
+
+def inspect(
+    source: Source, names: Sequence[str], with_labels: bool, progress: Callable[[Iterable], Iterable]
+) -> Findings:
+    """Read the images of `names`, and their labels if `with_labels`; `progress` wraps the iterable of results."""
+    findings = Findings(images=len(names))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for part in progress(pool.map(lambda name: _inspect_one(source, name, with_labels), names)):
+            findings.missing += part.missing
+            findings.broken += part.broken
+            findings.sizes += part.sizes
+            findings.pixels += part.pixels
+            findings.faults += part.faults
+    return findings
+
+
+def _inspect_one(source: Source, name: str, with_labels: bool) -> Findings:
+    try:
+        source.image_path(name)
+        if with_labels:
+            source.label_path(name)
+    except UserError as error:
+        return Findings(missing=1, faults=[str(error)])
+    try:
+        image, label = source.read_pair(name) if with_labels else (source.read_image(name), None)
+    except UserError as error:
+        return Findings(broken=1, faults=[str(error)])
+    found = Findings(sizes=Counter([(image.shape[2], image.shape[1])]))
+    if label is not None:
+        found.pixels += np.bincount(label.numpy().ravel(), minlength=IGNORE + 1)
+    return found
+
+
+def problems(config: SharedConfig, source: Source, split: Split, found: dict[str, Findings]) -> list[str]:
+    """What is wrong with the lists and with what was found in their files, a line each."""
+    told = []
+    for name, findings in found.items():
+        told += [f"{name}: {fault}" for fault in findings.faults[:SHOWN_FAULTS]]
+        if len(findings.faults) > SHOWN_FAULTS:
+            told.append(f"{name}: {len(findings.faults) - SHOWN_FAULTS} more files are missing or broken")
+    if not config.data.allow_overlap:
+        told += _overlap("labeled", split.labeled, "unlabeled", split.unlabeled, ", without data.allow_overlap")
+    for name, names in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
+        told += _overlap(name, names, "valid", split.valid, "")
+    for name in ("labeled", "valid"):
+        if not found[name].pixels[:IGNORE].any():
+            told.append(f"{name}: no pixel of any class")
+    if len(source.classes) != config.model.num_classes:
+        told.append(f"model.num_classes is {config.model.num_classes}, but the data have {len(source.classes)} classes")
+    return told
+
+
+def _overlap(first: str, names: list[str], second: str, others: list[str], unless: str) -> list[str]:
+    both = sorted(set(names) & set(others))
+    return [f"{len(both)} images are both {first} and {second}{unless}, {both[0]} for one"] if both else []
+
+
+def report(console: Console, source: Source, found: dict[str, Findings]) -> None:
+    lists = Table("list", "images", "missing", "broken", "sizes (width x height)", title="Lists")
+    for name, findings in found.items():
+        lists.add_row(name, *map(str, (findings.images, findings.missing, findings.broken)), _sizes(findings.sizes))
+    console.print(lists)
+
+    classes = Table("id", "class", title="Share of pixels, %")
+    for name in ("labeled", "valid"):
+        classes.add_column(name, justify="right")
+    for class_id, name in [*enumerate(source.classes), (IGNORE, "(ignore)")]:
+        shares = (_share(found[kind].pixels, class_id) for kind in ("labeled", "valid"))
+        classes.add_row(str(class_id), name, *shares)
+    console.print(classes)
+
+
+def _sizes(sizes: Counter[tuple[int, int]]) -> str:
+    if not sizes:
+        return "-"
+    if len(sizes) == 1:
+        return "{}x{}".format(*next(iter(sizes)))
+    widths, heights = zip(*sizes)
+    return f"{len(sizes)} sizes, {min(widths)}-{max(widths)} x {min(heights)}-{max(heights)}"
+
+
+def _share(pixels: np.ndarray, class_id: int) -> str:
+    return f"{100 * pixels[class_id] / pixels.sum():.2f}" if pixels[class_id] else "-"
+
+
+def check(config: SharedConfig, console: Console) -> list[str]:
+    """Report on the data of `config`; what is wrong comes back, a line each.
+
+    Raises UserError when there is no tree or no split to report on.
+    """
+    _say(console, f"dataset: {config.data.dataset}")
+    source = open_source(config.data)
+    _say(console, f"layout: {source.layout}")
+    split = read_split(config.data.split, allow_overlap=True)
+    _say(console, f"split: {config.data.split}")
+    found = {}
+    watch = partial(track, console=console, transient=True, disable=not console.is_terminal)
+    for name, names in (("labeled", split.labeled), ("unlabeled", split.unlabeled), ("valid", split.valid)):
+        progress = partial(watch, description=name, total=len(names))
+        found[name] = inspect(source, names, name != "unlabeled", progress)
+    report(console, source, found)
+    _notes(console, source, config.data, split, found)
+    return problems(config, source, split, found)
+
+
+def _notes(console: Console, source: Source, data: DataConfig, split: Split, found: dict[str, Findings]) -> None:
+    unseen = [
+        name
+        for class_id, name in enumerate(source.classes)
+        if found["valid"].pixels[class_id] and not found["labeled"].pixels[class_id]
+    ]
+    if unseen:
+        _say(console, f"note: no labeled image shows {', '.join(unseen)}")
+    if data.allow_overlap:
+        for line in _overlap("labeled", split.labeled, "unlabeled", split.unlabeled, ""):
+            _say(console, f"note: {line}, as data.allow_overlap accepts")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def read_config(argv: Sequence[str]) -> SharedConfig:
+    """The sections `data` and `model` of the file after `--config`, with `--dotted.overrides`; others are left out.
+
+    Raises UserError as `common.config.load_config`.
+    """
+    files = argparse.ArgumentParser(prog="python -m common.check_data", description=__doc__, allow_abbrev=False)
+    files.formatter_class = argparse.RawDescriptionHelpFormatter
+    files.add_argument("--config", required=True, help="JSON file of any paper; --data.KEY and --model.KEY override it")
+    args, overrides = files.parse_known_args(argv)
+    config = load_config(SharedConfig, args.config, only_known=True)
+    parser = ArgumentParser(exit_on_error=False, parser_mode="json")
+    parser.add_class_arguments(SharedConfig)
+    parser.set_defaults(flatten(to_dict(config)))
+    try:
+        sections = parser.instantiate(parser.parse_args(overrides))
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    return SharedConfig(sections.data, sections.model)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    console = Console()
+    try:
+        wrong = check(read_config(sys.argv[1:] if argv is None else argv), console)
+    except UserError as error:
+        wrong = [str(error)]
+    for line in wrong:
+        _say(console, f"wrong: {line}")
+    _say(console, "verdict: something is wrong, see above" if wrong else "verdict: the data can be used")
+    if wrong:
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

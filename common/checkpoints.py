@@ -1,0 +1,190 @@
+"""Checkpoints: folders `step_XXXXXXXX` that are whole or not there.
+
+Inside: `model.safetensors` (the evaluated network), and in those a run can continue from `extra.safetensors` (student,
+heads, banks), `state.pt` (optimizer and counters: tensors and plain values, loaded with `weights_only=True`);
+`meta.json` (step, epoch, scores, size and checksum of every file). `last` and `best` are relative links to them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.errors import UserError
+
+STEP_FOLDER = re.compile(r"step_(\d{8,})")
+RESUME_FILES = ("extra.safetensors", "state.pt")
+
+
+@dataclass
+class Checkpoint:
+    """What one folder holds. `extra` maps a part's name to its state dict."""
+
+    path: Path
+    meta: dict[str, Any]
+    model: dict[str, torch.Tensor]
+    extra: dict[str, dict[str, torch.Tensor]]
+    state: dict[str, Any]
+
+
+def step_folder(root: Path, step: int) -> Path:
+    """Folder of the checkpoint after `step` optimizer steps."""
+    return root / f"step_{step:08d}"
+
+
+def list_steps(root: Path) -> list[int]:
+    """Steps of all checkpoints under `root`, weights-only ones included, ascending."""
+    if not root.is_dir():
+        return []
+    found = (STEP_FOLDER.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def write(
+    root: Path,
+    meta: dict[str, Any],
+    model: Mapping[str, torch.Tensor],
+    extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    state: dict[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint under a temporary name, sync it and rename it to `step_<meta["step"]>`.
+
+    Without `extra` and `state` it holds weights only. An existing folder of that step is replaced.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    final = step_folder(root, meta["step"])
+    temporary = root / f".writing_{final.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _save_tensors(model, temporary / "model.safetensors")
+        if state is not None:
+            _save_tensors(_join(extra or {}), temporary / "extra.safetensors")
+            torch.save(state, temporary / "state.pt")
+        files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        (temporary / "meta.json").write_text(json.dumps(meta | {"files": files}, indent=2) + "\n")
+        for path in temporary.iterdir():
+            _sync(path)
+        if final.exists():
+            # Renaming over a full folder is impossible: the old one steps aside first.
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def point(root: Path, name: str, step: int) -> None:
+    """Let the link `name` (`last`, `best`) point to the checkpoint of `step`, in one move."""
+    temporary = root / f".link_{name}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(step_folder(root, step).name)
+    temporary.replace(root / name)
+    _sync(root)
+
+
+def prune(root: Path, keep: int, best: int | None, snapshot_every: int) -> None:
+    """Delete all but the `keep` newest resumable checkpoints and the best; snapshots keep their weights."""
+    resumable = [step for step in list_steps(root) if (step_folder(root, step) / "state.pt").exists()]
+    for step in resumable[:-keep]:
+        if step == best:
+            continue
+        folder = step_folder(root, step)
+        if snapshot_every and step % snapshot_every == 0:
+            # meta.json still names the files that go: `read` asks for them only when a run continues.
+            for name in RESUME_FILES:
+                (folder / name).unlink(missing_ok=True)
+        else:
+            shutil.rmtree(folder)
+
+
+def newest(root: Path) -> Iterator[Checkpoint | str]:
+    """Checkpoints a run can continue from, newest first; in place of a broken one a line saying what is wrong."""
+    for step in reversed(list_steps(root)):
+        folder = step_folder(root, step)
+        if (folder / "meta.json").exists() and not _resume_files_listed(folder):
+            continue
+        try:
+            yield read(folder)
+        except UserError as error:
+            yield str(error)
+
+
+def read(folder: Path) -> Checkpoint:
+    """Load a checkpoint a run can continue from, after checking the size and checksum of every file.
+
+    Raises:
+        UserError: a file is missing, truncated or changed.
+    """
+    meta = read_meta(folder)
+    for name, expected in meta["files"].items():
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
+        if _fingerprint(path) != expected:
+            raise UserError(f"checkpoint {folder} is damaged: {name} is not what was written")
+    extra = _split(load_file(folder / "extra.safetensors"))
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return Checkpoint(folder, meta, load_file(folder / "model.safetensors"), extra, state)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The `meta.json` of a checkpoint.
+
+    Raises:
+        UserError: there is none, or it is not whole.
+    """
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        meta["step"], meta["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} is not a whole checkpoint: its meta.json is missing or damaged") from None
+    return meta
+
+
+def _resume_files_listed(folder: Path) -> bool:
+    try:
+        return "state.pt" in read_meta(folder)["files"] and (folder / "state.pt").exists()
+    except UserError:
+        return True  # damaged: `newest` reports it
+
+
+def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _join(parts: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def _split(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, key = name.split("/", 1)
+        parts.setdefault(part, {})[key] = tensor
+    return parts
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,296 @@
+"""The sections every paper's `Config` is made of, and how a config is read.
+
+A script's config is a dataclass with the sections `data`, `model`, `optim`, `method` (the paper's own) and `run`.
+`parse` reads it from a JSON file and lets `--dotted.overrides` replace single values:
+
+    accelerate launch prcl/train.py --config prcl/configs/voc.json --optim.lr 1e-3 --run.steps 600
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Optional, TypeVar, Union
+
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from common.errors import UserError
+
+
+@dataclass
+class DataConfig:
+    """Images, labels and which of them are labeled.
+
+    Args:
+        dataset: Kind of dataset tree under `root`; `shapes` is the built-in one, made on first use.
+        root: Folder of the dataset.
+        split: Folder of the lists {labeled,unlabeled,valid}_filename.txt.
+        crop_size: Height and width of a training crop, in pixels.
+        scale_range: Smallest and largest random scale of a labeled image.
+        allow_overlap: Accept images that are in the labeled and in the unlabeled list.
+        workers: Loader processes per training process and stream.
+        image_dir: `folder` only: folder of the images, relative to `root`.
+        label_dir: `folder` only: folder of the labels, relative to `root`.
+        classes: `folder` only: text file with a class name a line, in the order of the ids, relative to `root`.
+    """
+
+    dataset: Literal["voc", "cityscapes", "gta5", "folder", "shapes"]
+    root: str
+    split: str
+    crop_size: tuple[PositiveInt, PositiveInt] = (321, 321)
+    scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
+    allow_overlap: bool = False
+    workers: NonNegativeInt = 4
+    image_dir: str = "images"
+    label_dir: str = "labels"
+    classes: str = "classes.txt"
+
+
+@dataclass
+class ModelConfig:
+    """The network that is trained and evaluated.
+
+    Args:
+        backbone: timm name of a ResNet: resnet18, resnet34, resnet50, resnet101 or resnet152.
+        stem: `plain` is the 7x7 convolution, `deep` three 3x3 ones (64, 64, 128 channels).
+        output_stride: Stride of the last backbone features, 8 or 16.
+        channels: Width of ASPP and heads; the papers' is 256.
+        pretrained: ImageNet weights of the backbone: false, true (download by timm) or the path of a local file.
+        num_classes: Number of classes the network predicts.
+    """
+
+    num_classes: PositiveInt
+    backbone: str = "resnet101"
+    stem: Literal["plain", "deep"] = "plain"
+    output_stride: Literal[8, 16] = 16
+    channels: PositiveInt = 256
+    pretrained: Union[bool, str] = True
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and batch.
+
+    Args:
+        name: `sgd` (momentum, Nesterov) or `adamw`.
+        lr: Learning rate at the first step.
+        weight_decay: Weight decay of all parameters.
+        momentum: Momentum of `sgd`.
+        poly_power: Exponent of the polynomial decay of the learning rate.
+        batch_size: Labeled images a step, over all processes; as many unlabeled ones.
+        accumulation: Backward passes a step the batch is cut into.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 1e-2
+    weight_decay: NonNegativeFloat = 5e-4
+    momentum: ClosedUnitInterval = 0.9
+    poly_power: NonNegativeFloat = 0.9
+    batch_size: PositiveInt = 16
+    accumulation: PositiveInt = 1
+
+
+@dataclass
+class RunConfig:
+    """How long a run is, and what it leaves behind. Cadences are in steps.
+
+    Args:
+        dir: Run folder; by default runs/<paper>/<config name>. The same command on the same folder continues the run.
+        seed: Seed of everything random.
+        steps: Length in optimizer steps (give either steps or epochs; --run.steps replaces epochs).
+        epochs: Length in epochs.
+        steps_per_epoch: Steps an epoch; by default the paper's rule.
+        eval_every: Evaluate after so many steps, and at the end; by default once an epoch, or ten times a run.
+        save_every: Write a checkpoint after so many steps, and at the end; by default as often as `eval_every`.
+        keep: How many of the newest checkpoints are kept, besides the best one.
+        snapshot_every: Keep a weights-only checkpoint after so many steps, never pruned; 0 keeps none.
+        log_every: Write losses to metrics.jsonl after so many steps.
+        precision: fp32, fp16 or bf16; by default what `accelerate launch` was told.
+        device: `auto` takes the GPU where there is one; `cpu`.
+        threads: CPU threads of a process; by default the processes of this machine share its cores.
+        compile: Compile the student with torch.compile.
+        trackers: Also log to tensorboard or wandb.
+    """
+
+    dir: Optional[str] = None
+    seed: NonNegativeInt = 3407
+    steps: Optional[PositiveInt] = None
+    epochs: Optional[PositiveInt] = None
+    steps_per_epoch: Optional[PositiveInt] = None
+    eval_every: Optional[PositiveInt] = None
+    save_every: Optional[PositiveInt] = None
+    keep: PositiveInt = 2
+    snapshot_every: NonNegativeInt = 0
+    log_every: PositiveInt = 20
+    precision: Optional[Literal["fp32", "fp16", "bf16"]] = None
+    device: Literal["auto", "cpu"] = "auto"
+    threads: Optional[PositiveInt] = None
+    compile: bool = False
+    trackers: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)
+
+
+@dataclass
+class SharedConfig:
+    """The sections any script's config has: what the command lines that serve every paper read."""
+
+    data: DataConfig
+    model: ModelConfig
+
+
+T = TypeVar("T")
+
+
+def parse(config_class: type[T], paper: str, argv: list[str] | None = None) -> T:
+    """Read a script's config from the command line: `--config FILE` and `--section.key value`.
+
+    Args:
+        config_class: Dataclass of the script, made of the sections above and its own `method`.
+        paper: Where its runs go by default: runs/<paper>/<name of the config file>.
+        argv: Arguments; by default those of the process.
+
+    Raises:
+        UserError: unknown key (the nearest one is named), wrong type, impossible value, unreadable file.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = ArgumentParser(prog=f"{paper}/train.py", exit_on_error=False, parser_mode="json")
+    parser.add_argument("--config", action=ActionConfigFile, help="JSON file with the config.")
+    parser.add_class_arguments(config_class)
+    for path in _given_files(argv):
+        _check_keys(config_class, _read_json(path), path)
+    config = _parse(parser, config_class, lambda: parser.parse_args(argv))
+    if any(argument.split("=")[0] == "--run.steps" for argument in argv):
+        config.run.epochs = None
+    if config.run.dir is None:
+        names = [Path(path).stem for path in _given_files(argv)]
+        config.run.dir = str(Path("runs", paper, names[-1] if names else "default"))
+    _check_values(config)
+    return config
+
+
+def load_config(config_class: type[T], path: str | Path, only_known: bool = False) -> T:
+    """Read a config from a JSON file alone, a run's `config.json` say.
+
+    Args:
+        config_class: Dataclass to fill.
+        path: The JSON file.
+        only_known: Leave out top-level sections that `config_class` does not have.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    values = _read_json(path)
+    if only_known:
+        names = {field.name for field in dataclasses.fields(config_class)}
+        values = {key: value for key, value in values.items() if key in names}
+    _check_keys(config_class, values, path)
+    parser = ArgumentParser(exit_on_error=False, parser_mode="json")
+    parser.add_class_arguments(config_class)
+    try:
+        return _parse(parser, config_class, lambda: parser.parse_object(values))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested plain values (tuples become lists), as `config.json` holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _parse(parser: ArgumentParser, config_class: type[T], read: Callable[[], Namespace]) -> T:
+    try:
+        sections = parser.instantiate(read())
+    except ArgumentError as error:
+        raise UserError(_plain(str(error), parser)) from None
+    config = config_class(**{field.name: sections[field.name] for field in dataclasses.fields(config_class)})
+    for field in dataclasses.fields(config):
+        _make_plain(getattr(config, field.name))
+    return config
+
+
+def _make_plain(section: Any) -> None:
+    """Turn the parser's own number types (PositiveInt, ...) into int and float, which can be stored without pickle."""
+    for field in dataclasses.fields(section):
+        setattr(section, field.name, _plain_value(getattr(section, field.name)))
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_plain_value(item) for item in value)
+    kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return kind(value) if kind else value
+
+
+def _plain(message: str, parser: ArgumentParser) -> str:
+    """One line of what the parser said, with the nearest key where one was misspelt."""
+    if message.startswith("unrecognized arguments:"):
+        key = message.split(":", 1)[1].split()[0].split("=")[0]
+        known = ["--" + action.dest for action in parser._actions]
+        return f"unknown argument {key}{_nearest(key, known)}"
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(("Subtypes", "Errors", "Given value type", "Does not"))]
+    return "; ".join(told)
+
+
+def _nearest(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _given_files(argv: list[str]) -> list[str]:
+    files = [value for flag, value in pairwise(argv) if flag == "--config"]
+    return files + [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
+
+
+def _read_json(path: str | Path) -> dict[str, Any]:
+    try:
+        values = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"config {path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"config {path} must be a JSON object with the sections data, model, optim, method, run")
+    return values
+
+
+def _check_keys(config_class: type, values: dict[str, Any], path: str | Path, prefix: str = "") -> None:
+    """Name a misspelt key of a config file before the parser sees it."""
+    fields = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for key, value in values.items():
+        if key not in fields:
+            close = _nearest(prefix + key, [prefix + name for name in fields])
+            raise UserError(f"unknown key {prefix}{key} in {path}{close}")
+        if dataclasses.is_dataclass(fields[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{key} in {path} must be a section, {{...}}, not {value!r}")
+            _check_keys(fields[key], value, path, f"{prefix}{key}.")
+
+
+def _check_values(config: Any) -> None:
+    for key, value in flatten(to_dict(config)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} is {value}; it must be a finite number")
+    low, high = config.data.scale_range
+    if low > high:
+        raise UserError(f"data.scale_range is [{low}, {high}]; the smaller scale comes first")
+    if config.run.steps is None and config.run.epochs is None:
+        raise UserError("the length of the run is missing: set run.steps or run.epochs")
+    if config.run.steps is not None and config.run.epochs is not None:
+        raise UserError("both run.steps and run.epochs are set; a config states exactly one of them")

@@ -1,0 +1,46 @@
+"""Datasets: `open_source` finds the tree that a config names."""
+
+from pathlib import Path
+
+from common.config import DataConfig
+from common.datasets.cityscapes import Cityscapes
+from common.datasets.folder import Folder
+from common.datasets.gta5 import GTA5
+from common.datasets.shapes import CLASSES, STAMP, make_shapes
+from common.datasets.source import Source
+from common.datasets.splits import candidates, choose_class_covering, complete, write_split
+from common.datasets.voc import VOC
+from common.errors import UserError
+
+__all__ = ["Source", "open_source"]
+
+
+def open_source(data: DataConfig) -> Source:
+    """The source that `data` names.
+
+    The built-in data (`shapes`) are made on first use, and so is their split, class-covering, where `data.split` is
+    <data.root>/splits/<labels>/<seed>.
+
+    Raises UserError when the tree is not found.
+    """
+    if data.dataset == "voc":
+        return VOC(data.root)
+    if data.dataset == "cityscapes":
+        return Cityscapes(data.root)
+    if data.dataset == "gta5":
+        return GTA5(data.root)
+    if data.dataset == "folder":
+        return Folder(data.root, data.image_dir, data.label_dir, data.classes)
+    return _built_in(Path(data.root).expanduser(), Path(data.split).expanduser())
+
+
+def _built_in(root: Path, split: Path) -> VOC:
+    if not (root / STAMP).is_file():
+        make_shapes(root, "voc")
+    source = VOC(root, CLASSES)
+    if split.parent.parent.resolve() == (root / "splits").resolve() and not split.exists():
+        labels, seed = split.parent.name, split.name
+        if not (labels.isdigit() and seed.isdigit()):
+            raise UserError(f"split {split} of the built-in data: give {root}/splits/<labels>/<seed>, both numbers")
+        write_split(split, complete(source, choose_class_covering(source, candidates(source), int(labels), int(seed))))
+    return source

@@ -1,0 +1,226 @@
+"""Training batches, step-indexed: which images make up step k, and how each is augmented, follows from the seed alone.
+
+An endless stream of positions 0, 1, 2, ... runs through shuffled passes over a list of images. Step k of a batch of B
+takes positions k*B to k*B + B - 1; a process takes its share of them. The random numbers of an image follow from its
+position.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from common.augment import (
+    PhotometricRanges,
+    apply_geometry,
+    apply_photometric,
+    draw_flip,
+    draw_geometry,
+    draw_photometric,
+    flip,
+)
+from common.datasets import open_source
+from common.datasets.source import Source
+from common.datasets.splits import Split, read_split
+from common.errors import UserError
+from common.seeding import generator
+
+# (image uint8 [3,H,W], label uint8 [H,W] or None, random numbers) -> the same two, augmented and cropped
+Transform = Callable[[torch.Tensor, torch.Tensor | None, np.random.Generator], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass
+class Batch:
+    """Images of one stream.
+
+    Attributes:
+        image: uint8 [B,3,H,W], not normalised.
+        label: int64 [B,H,W], 255 = ignore; None in the unlabeled stream.
+        names: Ids of the images.
+        positions: Their positions in the stream: what random numbers of later augmentation are derived from.
+    """
+
+    image: torch.Tensor
+    label: torch.Tensor | None
+    names: list[str]
+    positions: list[int]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; labels become int64 there."""
+        label = None if self.label is None else self.label.to(device, non_blocking=True).long()
+        return replace(self, image=self.image.to(device, non_blocking=True), label=label)
+
+
+@dataclass(frozen=True)
+class CropTransform:
+    """Scale, pad, random crop; then, where asked for, colour jitter, blur and a random mirror image.
+
+    Attributes:
+        crop_size: Height and width of the result, pixels.
+        scale_range: Of the uniform random scale.
+        photometric: What colours and blur are drawn from; None leaves them alone.
+        flip: Whether half of the images are mirrored.
+    """
+
+    crop_size: tuple[int, int]
+    scale_range: tuple[float, float] = (1.0, 1.0)
+    photometric: PhotometricRanges | None = None
+    flip: bool = False
+
+    def __call__(
+        self, image: torch.Tensor, label: torch.Tensor | None, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        geometry = draw_geometry(rng, image.shape[-2:], self.crop_size, self.scale_range)
+        image, label, _ = apply_geometry(image, label, None, geometry, self.crop_size)
+        if self.photometric is not None:
+            image = apply_photometric(image, draw_photometric(rng, self.photometric))
+        if self.flip:
+            image, label, _ = flip(image, label, None, draw_flip(rng))
+        return image, label
+
+
+class TrainingImages(Dataset):
+    """Images (and labels) of a list, augmented by `transform`, addressed by (index, position).
+
+    Args:
+        source: Reader of the dataset.
+        names: Ids of the images.
+        transform: Augmentation of one image.
+        seed: Seed of the run.
+        stream: `labeled`, `unlabeled`, ...: streams draw independent random numbers.
+        with_label: Whether label files are read; those of unlabeled images never are.
+    """
+
+    def __init__(
+        self, source: Source, names: list[str], transform: Transform, seed: int, stream: str, with_label: bool
+    ) -> None:
+        self.source, self.names, self.transform = source, names, transform
+        self.seed, self.stream, self.with_label = seed, stream, with_label
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, key: tuple[int, int]) -> "Batch | UserError":
+        index, position = key
+        name = self.names[index]
+        try:
+            image, label = self.source.read_pair(name) if self.with_label else (self.source.read_image(name), None)
+        except UserError as error:
+            # Raised here it would reach the user as a worker's traceback; `StepBatches` raises it in the main process.
+            return error
+        rng = generator(self.seed, self.stream, position)
+        image, label = self.transform(image, label, rng)
+        return Batch(image, label, [name], [position])
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (index, position) for one process.
+
+    Args:
+        length: Number of images.
+        batch: Images of this process in one backward pass.
+        processes, rank: How many processes share a pass, and which one this is.
+        first_pass: Backward passes already done (steps times accumulation).
+        seed, stream: What the order of the images follows from.
+    """
+
+    def __init__(
+        self, length: int, batch: int, processes: int, rank: int, first_pass: int, seed: int, stream: str
+    ) -> None:
+        self.length, self.batch, self.processes, self.rank = length, batch, processes, rank
+        self.first_pass, self.seed, self.stream = first_pass, seed, stream
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        number = self.first_pass
+        while True:
+            start = (number * self.processes + self.rank) * self.batch
+            yield [(self._index(position), position) for position in range(start, start + self.batch)]
+            number += 1
+
+    def _index(self, position: int) -> int:
+        epoch, offset = divmod(position, self.length)
+        return int(_order(self.seed, self.stream, epoch, self.length)[offset])
+
+
+class StepBatches:
+    """Iterator over the batches of a stream on `device`, from a given step on.
+
+    Args:
+        images: The stream's images.
+        run: Gives device, processes, accumulation, workers and the step to begin with.
+
+    Raises:
+        UserError: on reaching an image that cannot be read.
+    """
+
+    def __init__(self, images: TrainingImages, run) -> None:
+        accumulation = run.config.optim.accumulation
+        sampler = StepSampler(
+            len(images), run.batch_size, run.processes, run.rank, run.step * accumulation, images.seed, images.stream
+        )
+        workers = run.config.data.workers
+        self._device = run.device
+        self._loader = DataLoader(
+            images,
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=run.device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+        )
+        self._batches = iter(self._loader)
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        if isinstance(batch, UserError):
+            raise batch
+        return batch.to(self._device)
+
+    def __iter__(self) -> "StepBatches":
+        return self
+
+
+def open_data(config: Any, accelerator: Accelerator) -> tuple[Source, Split]:
+    """The reader and the lists of a script's config, checked before training.
+
+    Raises:
+        UserError: no such tree or list, a list that is empty, classes that do not match `model.num_classes`, an image
+            or a label of a labeled image that is missing (the first one is named).
+    """
+    data = config.data
+    with accelerator.main_process_first():  # the built-in data are made by one process
+        source = open_source(data)
+        split = read_split(data.split, data.allow_overlap)
+    if len(source.classes) != config.model.num_classes:
+        raise UserError(
+            f"model.num_classes is {config.model.num_classes}, but {data.root} has {len(source.classes)} classes "
+            f"({', '.join(source.classes[:4])}, ...)"
+        )
+    for name in split.labeled + split.valid:
+        source.label_path(name)
+    for name in split.labeled + split.unlabeled + split.valid:
+        source.image_path(name)
+    return source, split
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, stream: str, epoch: int, length: int) -> np.ndarray:
+    return generator(seed, f"order of {stream}", epoch).permutation(length)
+
+
+def _collate(items: "list[Batch | UserError]") -> "Batch | UserError":
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+    labels = [item.label for item in items]
+    return Batch(
+        torch.stack([item.image for item in items]),
+        None if labels[0] is None else torch.stack(labels),
+        [name for item in items for name in item.names],
+        [position for item in items for position in item.positions],
+    )

@@ -1,0 +1,180 @@
+"""A source finds and decodes one dataset tree. It knows nothing of splits, crops or training."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.errors import UserError
+
+IGNORE = 255
+# What a table of label values says of a value it does not know. Never a class: a dataset has fewer than 254 of them.
+UNKNOWN = 254
+
+Subset = Literal["train", "val"]
+
+
+class Source(ABC):
+    """One dataset tree.
+
+    Attributes:
+        classes: names; the index is the class id inside the project.
+        palette: uint8 [256, 3], the colours of class ids in pictures.
+        layout: which tree was found, in words.
+    """
+
+    classes: tuple[str, ...]
+    palette: np.ndarray
+    layout: str
+
+    @abstractmethod
+    def names(self, subset: Subset) -> list[str]:
+        """Sorted ids of the images that the tree has for training or validation: what splits are made from."""
+
+    @abstractmethod
+    def _image_candidates(self, name: str) -> list[Path]:
+        """Where the image of `name` may lie, in order of preference."""
+
+    @abstractmethod
+    def _label_candidates(self, name: str) -> list[Path]:
+        """Where the label of `name` may lie, in order of preference."""
+
+    @abstractmethod
+    def _label_table(self, path: Path) -> np.ndarray:
+        """uint8 [256]: class id, 255 or `UNKNOWN` for every value that the label file may hold."""
+
+    def image_path(self, name: str) -> Path:
+        """Raises UserError naming the path when there is no such file."""
+        return _first_file("image", name, self._image_candidates(name))
+
+    def label_path(self, name: str) -> Path:
+        """Raises UserError naming the path when there is no such file."""
+        return _first_file("label", name, self._label_candidates(name))
+
+    def has_label(self, name: str) -> bool:
+        return any(path.is_file() for path in self._label_candidates(name))
+
+    def read_image(self, name: str) -> Tensor:
+        """uint8 [3, H, W] RGB. Raises UserError for a missing, broken or 16-bit file."""
+        path = self.image_path(name)
+        try:
+            with Image.open(path) as picture:
+                if picture.mode.startswith("I"):
+                    raise UserError(f"image {path} has 16 bits a channel: save it with 8")
+                pixels = np.array(picture.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"image {path} cannot be decoded ({_reason(error)}): restore or remove it") from None
+        # Not made contiguous: resizing reads this layout faster than planes.
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def read_label(self, name: str) -> Tensor:
+        """uint8 [H, W]: class ids, 255 = ignore. Raises UserError for a missing or broken file or an unknown value."""
+        path = self.label_path(name)
+        stored = stored_ids(open_label(path), path)
+        return torch.from_numpy(apply_table(self._label_table(path), stored, path))
+
+    def read_pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """`read_image` and `read_label`. Raises UserError naming both sizes when they differ."""
+        image, label = self.read_image(name), self.read_label(name)
+        if image.shape[1:] != label.shape:
+            raise UserError(
+                f"{self.image_path(name)} is {_size(image)} but its label {self.label_path(name)} is {_size(label)}"
+                " (width x height): they must be the same"
+            )
+        return image, label
+
+
+def open_label(path: Path) -> Image.Image:
+    """The decoded label picture in its own mode: palette pictures keep their indices. Raises UserError if broken."""
+    try:
+        with Image.open(path) as picture:
+            # Pillow stretches grey of 2 and 4 bits to 0..255; the ids would silently become others.
+            stretched = picture.mode == "L" and picture.tile[0][3] in ("L;2", "L;4")
+            picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"label {path} cannot be decoded ({_reason(error)}): restore it") from None
+    if stretched:
+        raise UserError(f"label {path} has fewer than 8 bits of grey: save it as an 8-bit grey or palette PNG")
+    return picture
+
+
+def stored_ids(picture: Image.Image, path: Path) -> np.ndarray:
+    """uint8 [H, W]: the numbers a palette or 8-bit grey picture holds. Raises UserError for any other picture."""
+    if picture.mode not in ("P", "L"):
+        raise UserError(f"label {path} has mode {picture.mode}: save it as an 8-bit grey or palette PNG of class ids")
+    return np.asarray(picture)
+
+
+def apply_table(table: np.ndarray, stored: np.ndarray, path: Path) -> np.ndarray:
+    """`table` (uint8 [256]) at every value of `stored`. Raises UserError naming the values it does not know."""
+    label = table[stored]
+    unknown = label == UNKNOWN
+    if unknown.any():
+        values = ", ".join(map(str, np.unique(stored[unknown])[:5]))
+        raise UserError(
+            f"label {path} holds {values}, which this dataset does not define: mend it, or set 255 to ignore"
+        )
+    return label
+
+
+def table_of(ids: Iterable[int], ignored: Iterable[int] = (IGNORE,)) -> np.ndarray:
+    """uint8 [256]: the i-th of `ids` becomes class i, `ignored` become 255, all else is unknown."""
+    table = np.full(256, UNKNOWN, np.uint8)
+    for class_id, stored in enumerate(ids):
+        table[stored] = class_id
+    table[list(ignored)] = IGNORE
+    return table
+
+
+def existing_root(root: str | Path) -> Path:
+    """`root` as a path. Raises UserError when it is no folder."""
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise UserError(f"data root {path} is not a folder: set data.root to where the dataset lies")
+    return path
+
+
+def no_layout(dataset: str, root: Path, wanted: Iterable[str]) -> UserError:
+    """The error for a root under which none of the known trees lies."""
+    return UserError(f"no {dataset} tree under {root}: looked for {', '.join(wanted)}")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list that are not blank, without spaces and carriage returns around them."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def voc_palette() -> np.ndarray:
+    """uint8 [256, 3], VOC's colour map: bits of the id, three at a time, are the high bits of red, green and blue."""
+    ids = np.arange(256)[:, None] >> np.arange(0, 24, 3)
+    return np.stack([((ids >> channel & 1) << np.arange(7, -1, -1)).sum(1) for channel in range(3)], 1).astype(np.uint8)
+
+
+def _first_file(kind: str, name: str, candidates: list[Path]) -> Path:
+    for path in candidates:
+        if path.is_file():
+            return path
+    if not candidates:
+        raise UserError(f"no {kind} of {name}: the tree has no folder of {kind}s")
+    if len(candidates) == 1:
+        raise UserError(f"no {kind} of {name}: {candidates[0]} does not exist")
+    base = Path(os.path.commonpath(candidates))
+    tried = ", ".join(path.relative_to(base).as_posix() for path in candidates)
+    raise UserError(f"no {kind} of {name} below {base}: looked for {tried}")
+
+
+def _size(picture: Tensor) -> str:
+    return f"{picture.shape[-1]}x{picture.shape[-2]}"
+
+
+def _reason(error: Exception) -> str:
+    """What a decoder said, without the place in its C++ source."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text.rsplit(".cpp:", 1)[-1].split(", ", 1)[-1].split(". ", 1)[0]

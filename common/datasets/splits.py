@@ -1,0 +1,195 @@
+"""Which images are labeled, which are not, and which are for validation.
+
+A split is a folder `<root>/<labels>/<seed>` of three lists, one id a line: labeled_filename.txt, unlabeled_filename.txt
+and valid_filename.txt. `splits/make.py` makes them.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.datasets.source import IGNORE, Source, read_lines
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Ids of images, in the order of their lists."""
+
+    labeled: list[str]
+    unlabeled: list[str]
+    valid: list[str]
+
+
+def read_split(folder: str | Path, allow_overlap: bool = False) -> Split:
+    """Read a split.
+
+    Args:
+        folder: holds {labeled,unlabeled,valid}_filename.txt.
+        allow_overlap: accept images that are labeled and unlabeled; labels of the unlabeled list are never opened.
+
+    Raises UserError for a missing or empty list (an empty unlabeled one is accepted), a line that is no id, an id that
+    is twice in a list, and labeled images in the unlabeled list.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"no split {folder}: make it with\n  {_command(folder)}\nor point data.split at published lists"
+        )
+    split = Split(*(_read_list(_list_path(folder, kind)) for kind in ("labeled", "unlabeled", "valid")))
+    for kind in ("labeled", "valid"):
+        if not getattr(split, kind):
+            raise UserError(f"{_list_path(folder, kind)} is empty")
+    both = sorted(set(split.labeled) & set(split.unlabeled))
+    if both and not allow_overlap:
+        raise UserError(
+            f"{folder}: {len(both)} images are both labeled and unlabeled, {both[0]} for one:"
+            " mend the lists, or accept it with data.allow_overlap"
+        )
+    return split
+
+
+def write_split(folder: str | Path, split: Split) -> None:
+    """Write the three lists. They appear together or not at all.
+
+    Raises UserError when `folder` holds anything but this very split: nothing is written over.
+    """
+    folder = Path(folder).expanduser()
+    if _holds(folder, split):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
+        made = Path(workshop) / "split"
+        made.mkdir()
+        for kind, names in asdict(split).items():
+            _list_path(made, kind).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        try:
+            os.rename(made, folder)
+        except OSError:
+            # Another process was faster: its lists are as good as ours if they are the same.
+            if not _holds(folder, split):
+                raise
+
+
+def complete(source: Source, labeled: Sequence[str]) -> Split:
+    """The split of `labeled`: every other image for training is unlabeled, and the dataset's own are for validation.
+
+    Raises UserError when the dataset has none for validation.
+    """
+    chosen = set(labeled)
+    valid = source.names("val")
+    if not valid:
+        raise UserError(f"{source.layout}: no images for validation")
+    return Split(sorted(chosen), [name for name in source.names("train") if name not in chosen], valid)
+
+
+def candidates(source: Source) -> list[str]:
+    """Sorted ids of the images for training that have a label."""
+    return [name for name in source.names("train") if source.has_label(name)]
+
+
+def choose_random(names: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` of `names`, the same for ever: they are ranked by a hash of seed and name, so that no random generator,
+    no order of files and no version of a library matters, and fewer labels of one seed are part of more.
+
+    Raises UserError when there are fewer names.
+    """
+    return _ranked(names, count, seed)[:count]
+
+
+def choose_class_covering(source: Source, names: Sequence[str], count: int, seed: int) -> list[str]:
+    """As `choose_random`, but every class that occurs in any of the labels occurs in the chosen ones.
+
+    As few of the random images as possible give way: the last ranked, to those that show most of the missing classes.
+    All labels are read. Raises UserError when `count` images do not suffice.
+    """
+    ranked = _ranked(names, count, seed)
+    with ThreadPoolExecutor() as pool:
+        occurs = np.stack(list(pool.map(lambda name: _classes_in(source, name), ranked)))
+    wanted = occurs.any(0)
+    for replaced in range(count + 1):
+        kept = count - replaced
+        covering = _cover(occurs[kept:], wanted & ~occurs[:kept].any(0))
+        if len(covering) <= replaced:
+            added = [ranked[kept + index] for index in covering]
+            # The cover may need less than what gave way: then the best ranked come back.
+            rest = [name for name in ranked[kept:] if name not in added]
+            return ranked[:kept] + added + rest[: replaced - len(added)]
+    raise UserError(f"{count} images cannot show all {wanted.sum()} classes that occur: label more")
+
+
+def choose_every(names: Sequence[str], step: int) -> list[str]:
+    """Every `step`-th of the sorted names, from the first.
+
+    The lists that CPS published for VOC, and CPCL uses, are these (662, 1323, 2646 and 5291 of 10,582 for 1/16 to 1/2).
+    Theirs for Cityscapes go through an unsorted list and cannot be made.
+    """
+    return sorted(names)[::step]
+
+
+def _ranked(names: Sequence[str], count: int, seed: int) -> list[str]:
+    if not 0 < count <= len(names):
+        raise UserError(
+            f"{count} labeled images of {len(names)} that have a label: give a number from 1 to {len(names)}"
+        )
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+
+
+def _classes_in(source: Source, name: str) -> np.ndarray:
+    """bool [C]: which classes the label of `name` shows."""
+    counts = np.bincount(source.read_label(name).numpy().ravel(), minlength=IGNORE + 1)
+    return counts[: len(source.classes)] > 0
+
+
+def _cover(occurs: np.ndarray, missing: np.ndarray) -> list[int]:
+    """Rows of bool [N, C] that show all `missing` classes [C], greedily: each time the row that shows most."""
+    chosen = []
+    while missing.any():
+        chosen.append(int((occurs & missing).sum(1).argmax()))
+        missing = missing & ~occurs[chosen[-1]]
+    return chosen
+
+
+def _list_path(folder: Path, kind: str) -> Path:
+    return folder / f"{kind}_filename.txt"
+
+
+def _read_list(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"no list {path}: a split has labeled_, unlabeled_ and valid_filename.txt")
+    names = read_lines(path)
+    for name in names:
+        if set(name) & set("/\\\t"):
+            raise UserError(f"{path} holds the line {name!r}: lists have one id a line")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: {len(twice)} ids occur more than once, {twice[0]} for one: remove the repetitions")
+    return names
+
+
+def _holds(folder: Path, split: Split) -> bool:
+    """Whether `folder` holds `split`; False when it does not exist or is empty, UserError for anything else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    lists = {kind: _list_path(folder, kind) for kind in asdict(split)}
+    if any(not path.is_file() or read_lines(path) != getattr(split, kind) for kind, path in lists.items()):
+        raise UserError(
+            f"{folder} exists and is not this split: remove it or give another folder, nothing is written over"
+        )
+    return True
+
+
+def _command(folder: Path) -> str:
+    """The command that makes the split, as far as its folder tells."""
+    labels, seed = folder.parent.name, folder.name
+    if not (labels.isdigit() and seed.isdigit()):
+        labels, seed = "N", "SEED"
+    out = folder.parent.parent if labels != "N" else "SPLITS"
+    return f"python splits/make.py --dataset DATASET --data-root ROOT --labels {labels} --seed {seed} --out {out}"

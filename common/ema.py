@@ -1,0 +1,17 @@
+"""The mean teacher: a copy of a network whose parameters follow the student's."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+def make_teacher(network: nn.Module) -> nn.Module:
+    """A copy of `network` that takes no gradients. It keeps batch-norm statistics of its own."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """theta_T = decay * theta_T + (1 - decay) * theta_S, for parameters only: buffers are never copied."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - decay)

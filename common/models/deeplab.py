@@ -1,0 +1,128 @@
+"""DeepLabV3+ (Chen et al., 2018) as PRCL and CSS have it."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from common.config import ModelConfig
+from common.models.resnet import build_resnet
+from common.models.weights import load_state, read_backbone
+
+LOW_CHANNELS = 48
+RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: a 1x1, three dilated 3x3 and a globally pooled branch, joined by a 1x1.
+
+    The pooled branch normalises one value per image and channel: training needs two images or more in a batch.
+
+    Args:
+        in_channels: Channels of the backbone's last stage.
+        rates: Dilations of the three 3x3 branches.
+        channels: Channels of each branch and of the result.
+    """
+
+    def __init__(self, in_channels: int, rates: tuple[int, int, int], channels: int) -> None:
+        super().__init__()
+        dilated = [conv_bn_relu(in_channels, channels, 3, rate) for rate in rates]
+        self.branches = nn.ModuleList([conv_bn_relu(in_channels, channels, 1), *dilated])
+        self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_bn_relu(in_channels, channels, 1))
+        self.project = conv_bn_relu(5 * channels, channels, 1)
+
+    def forward(self, high: Tensor) -> Tensor:
+        """[B,in_channels,h,w] -> [B,channels,h,w]."""
+        pooled = self.pooled(high).expand(-1, -1, *high.shape[-2:])
+        return self.project(torch.cat([*(branch(high) for branch in self.branches), pooled], dim=1))
+
+
+class DeepLabV3Plus(nn.Module):
+    """Dilated ResNet, ASPP, and a decoder that adds the backbone's first stage at stride 4.
+
+    All convolutions but the last are without bias and followed by batch norm and ReLU; there is no dropout.
+
+    Args:
+        backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
+        num_classes: Channels of the logits.
+        stem: `plain` or `deep`, see `common.models.resnet`.
+        output_stride: 16 (ASPP rates 6, 12, 18; PRCL) or 8 (12, 24, 36; CSS). With the deep stem the features have
+            stride 8 in both cases and the value chooses dilations and rates only.
+        channels: Width of ASPP and heads; the papers' is 256.
+        download: Start the backbone from timm's ImageNet weights.
+
+    Raises:
+        UserError: see `build_resnet`.
+    """
+
+    align_corners = True  # how the papers enlarge features and logits
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        stem: str = "plain",
+        output_stride: int = 16,
+        channels: int = 256,
+        download: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder = build_resnet(backbone, stem, output_stride, download)
+        low_channels, high_channels = self.encoder.feature_info.channels()
+        self.aspp = ASPP(high_channels, RATES[output_stride], channels)
+        self.low = conv_bn_relu(low_channels, LOW_CHANNELS, 1)
+        self.channels, self.feature_channels = channels, LOW_CHANNELS + channels
+        self.classifier = conv_head(self.feature_channels, channels, num_classes)
+
+    def features(self, image: Tensor) -> Tensor:
+        """What the classifier, and a paper's own heads, see.
+
+        Args:
+            image: [B,3,H,W], normalised.
+
+        Returns:
+            [B,304,h,w] at stride 4 (321 -> 81, 512 -> 128 or, with the deep stem, 129): 48 channels from layer1, then
+            256 from the ASPP.
+        """
+        low, high = self.encoder(image)
+        low = self.low(low)
+        context = F.interpolate(self.aspp(high), size=low.shape[-2:], mode="bilinear", align_corners=self.align_corners)
+        return torch.cat([low, context], dim=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B,3,H,W], normalised -> logits [B,num_classes,h,w] at stride 4."""
+        return self.classifier(self.features(image))
+
+
+def build_network(model: ModelConfig) -> DeepLabV3Plus:
+    """The network of a config's `model` section. torch's seed decides its random initial weights.
+
+    Raises:
+        UserError: a value the network does not know; ImageNet weights that cannot be downloaded, read or do not fit.
+    """
+    network = DeepLabV3Plus(
+        model.backbone,
+        model.num_classes,
+        model.stem,
+        model.output_stride,
+        model.channels,
+        download=model.pretrained is True,
+    )
+    if isinstance(model.pretrained, str):
+        target = f"{model.backbone} with the {model.stem} stem"
+        load_state(network.encoder, read_backbone(model.pretrained), f"model.pretrained {model.pretrained}", target)
+    return network
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Sequential:
+    """A convolution that keeps the size, without bias, batch norm, ReLU."""
+    padding = dilation * (kernel_size // 2)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def conv_head(in_channels: int, channels: int, out_channels: int) -> nn.Sequential:
+    """A head on `DeepLabV3Plus.features`: 3x3 convolution to `channels`, batch norm, ReLU, 1x1 convolution."""
+    return nn.Sequential(*conv_bn_relu(in_channels, channels, 3), nn.Conv2d(channels, out_channels, 1))

@@ -1,0 +1,138 @@
+"""Weights from files: reading them safely, fitting them, and the keys of published networks in ours."""
+
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from common.errors import UserError
+
+# Prefixes of the networks PRCL and CSS published (the same keys in both), and ours. The first that fits counts.
+PRCL_CSS = {
+    "resnet_": "encoder.",
+    "ASPP.convs.4.": "aspp.pooled.",
+    "ASPP.convs.": "aspp.branches.",
+    "ASPP.project.": "aspp.project.",
+    "project.": "low.",
+    "classifier.": "classifier.",
+}
+# The representation head is no part of the segmenter; the papers' own folders read it.
+PRCL_CSS_HEADS = ("representation.",)
+
+
+def deeplab_from_prcl_css(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The segmenter out of a state dict of PRCL's or CSS's published network, with the keys of our `DeepLabV3Plus`.
+
+    Args:
+        state: Keys as published (`resnet_layer1.0.conv1.weight`, `ASPP.convs.0.0.weight`, ...). Those that start with
+            one of `PRCL_CSS_HEADS` are left out of the result.
+
+    Raises:
+        UserError: keys of another network.
+    """
+    return _rename({key: value for key, value in state.items() if not key.startswith(PRCL_CSS_HEADS)}, PRCL_CSS)
+
+
+def read_backbone(path: str | Path) -> dict[str, Tensor]:
+    """Weights of an ImageNet ResNet as torchvision and timm name them, without the classifier.
+
+    Raises:
+        UserError: see `read_state`.
+    """
+    return {key: value for key, value in read_state(path).items() if not key.startswith("fc.")}
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a safetensors or torch file, on the CPU. No code in the file is ever executed.
+
+    Args:
+        path: `*.safetensors`, or what `torch.save` wrote: the state dict itself, or below `state_dict` or `model`.
+
+    Raises:
+        UserError: no such file, a damaged one, one that holds code, one that is no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"weights {path}: there is no such file")
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"weights {path}: the file holds no state dict (names of weights and their tensors)")
+    return dict(state)
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str, target: str) -> None:
+    """Load `state` into `module`, all of it and nothing else.
+
+    Counters of batch norm (`num_batches_tracked`) may be missing, as in files written before they existed.
+
+    Args:
+        source: Where the weights come from, for the message.
+        target: What they were meant for, for the message.
+
+    Raises:
+        UserError: keys missing, keys too many, or shapes that differ; a few of them are named.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    extra = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {list(state[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    named = (("missing", missing), ("unexpected", extra), ("wrong shape", shapes))
+    wrong = [f"{what}: {_few(keys)}" for what, keys in named if keys]
+    if wrong:
+        raise UserError(f"{source} does not fit {target}; {'; '.join(wrong)}")
+    module.load_state_dict(state, strict=False)
+
+
+def _rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    renamed, unknown = {}, []
+    for key, value in state.items():
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+        if prefix is None:
+            unknown.append(key)
+        else:
+            renamed[prefixes[prefix] + key.removeprefix(prefix)] = value
+    if unknown:
+        raise UserError(
+            f"not a published network of this kind; its keys start with {', '.join(prefixes)}, not {_few(unknown)}"
+        )
+    return renamed
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"weights {path}: not a readable safetensors file ({error})") from None
+
+
+def _read_torch(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise UserError(f"weights {path}: damaged, or not a file of torch.save") from None
+        raise UserError(
+            f"weights {path}: refused, since it holds more than tensors: reading it would execute {code[1]}; "
+            "save its state dict alone, or as safetensors"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"weights {path}: damaged, or not a file of torch.save ({type(error).__name__})") from None
+
+
+def _few(keys: Iterable[str], count: int = 3) -> str:
+    keys = list(keys)
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more

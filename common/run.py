@@ -1,0 +1,405 @@
+"""One run: devices, folder, checkpoints and continuing. The script calls it; it never calls the script."""
+
+import json
+import os
+import signal
+import zlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import GradientAccumulationPlugin, set_seed
+from torch import nn
+
+from common import checkpoints
+from common.config import flatten, to_dict
+from common.errors import UserError
+from common.logbook import Logbook, replace_file
+from common.metrics import Scores
+from common.seeding import derive_seed
+from common.visual import curve
+
+# What may differ when a run is continued: it changes neither weights nor scores.
+FREE_KEYS = ("run.dir", "run.keep", "run.trackers", "run.threads", "data.workers")
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop and has written its checkpoint. The status is the shell's for the signal (143, 130)."""
+
+
+@dataclass
+class Parts:
+    """What a checkpoint is made of: the evaluated network, other modules by name, and the optimizer."""
+
+    model: nn.Module
+    extra: dict[str, nn.Module]
+    optimizer: Any
+
+
+class Run(AbstractContextManager):
+    """A run of `script` under `config`, on the devices Accelerate finds.
+
+    Args:
+        config: The script's config, with the shared sections.
+        script: Name of the script, `prcl/train.py` say; a run folder belongs to one script.
+
+    Attributes:
+        accelerator: The Accelerator everything runs on.
+        device: Where tensors of this process live.
+        step: Optimizer steps done so far.
+        total: Optimizer steps of the whole run (after `set_length`).
+        batch_size: Labeled images per process and backward pass.
+
+    Raises:
+        UserError: precision or device that is not there, a batch that cannot be divided evenly, a run folder of
+            another script or config.
+    """
+
+    def __init__(self, config: Any, script: str) -> None:
+        self.config, self.script = config, script
+        self.folder = Path(config.run.dir)
+        self._check_folder()
+        self.accelerator = _accelerator(config)
+        self.device = self.accelerator.device
+        self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.batch_size = _share(config.optim.batch_size, self.processes, config.optim.accumulation)
+        self.step, self.total, self.steps_per_epoch = 0, 0, None
+        self.log = Logbook(self.folder / "metrics.jsonl", self.is_main)
+        self._best: dict[str, Any] | None = None
+        self._scores: Scores | None = None
+        self._parts: Parts | None = None
+        self._signal = self._stopping = 0
+        self._cpu_group = torch.distributed.new_group(backend="gloo") if self.processes > 1 else None
+        set_seed(config.run.seed)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.accelerator.is_main_process
+
+    def __enter__(self) -> "Run":
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.log.stop()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if kind is None or issubclass(kind, Stopped):
+            self.accelerator.end_training()
+
+    # Before the loop
+
+    def set_length(self, steps_per_epoch: int) -> None:
+        """Turn the config's steps or epochs into `total` steps; `steps_per_epoch` is the paper's rule."""
+        run = self.config.run
+        self.steps_per_epoch = run.steps_per_epoch or steps_per_epoch
+        self.total = run.steps or run.epochs * self.steps_per_epoch
+        every = self.steps_per_epoch if run.epochs else max(1, self.total // 10)
+        self._eval_every = run.eval_every or every
+        self._save_every = run.save_every or self._eval_every
+
+    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """Move the trained network to the device and wrap it for processes and precision."""
+        network = self._shared_batch_norm(network)
+        if self.config.run.compile:
+            network.compile()
+        return self.accelerator.prepare(network, optimizer)
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """Move a network that takes no gradients to the device. Call it under `autocast`."""
+        return self._shared_batch_norm(network).to(self.device)
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision for forwards of networks that are not wrapped."""
+        return self.accelerator.autocast()
+
+    def resume(self, model: nn.Module, extra: dict[str, nn.Module], optimizer: Any) -> None:
+        """Say what the checkpoints hold, load the newest one where the folder has any, and open the folder.
+
+        Args:
+            model: The evaluated network.
+            extra: Other modules to save (student, heads, banks) by the name they have in the file.
+            optimizer: What `prepare` returned.
+
+        Raises:
+            UserError: every checkpoint of the folder is damaged, one is of another network, or the folder cannot be
+                written.
+        """
+        self._parts = Parts(model, extra, optimizer)
+        root = self.folder / "checkpoints"
+        for checkpoint in checkpoints.newest(root):
+            if isinstance(checkpoint, str):
+                self.log.say(f"warning: {checkpoint}; trying the one before")
+                continue
+            self._load(checkpoint)
+            self.log.say(f"continuing {self.folder} after step {self.step} of {self.total}")
+            break
+        else:
+            if checkpoints.list_steps(root):
+                raise UserError(
+                    f"{root} holds no checkpoint that can be continued; move {self.folder} away to start anew"
+                )
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            self._open_folder()
+        self.accelerator.wait_for_everyone()
+        if self.config.run.trackers:
+            plain = {key: str(value) for key, value in flatten(to_dict(self.config)).items()}
+            self.accelerator.init_trackers(self.script.split("/")[0], config=plain)
+
+    # The loop
+
+    def steps(self) -> Iterator[int]:
+        """Steps still to do, counted from 0; the loop body does one optimizer step each.
+
+        Random numbers drawn in step k depend on (seed, k, process) alone, so a continued run draws the same ones.
+
+        Raises:
+            Stopped: a signal asked for it, and `save` has written the checkpoint.
+        """
+        self.log.start(self.step, self.total)
+        while self.step < self.total:
+            set_seed(derive_seed(self.config.run.seed, "step", self.step, self.rank))
+            yield self.step
+            if self._stopping:
+                self.log.say(f"stopped after step {self.step} of {self.total}; the same command continues the run")
+                raise Stopped(128 + self._stopping)
+        self.log.stop()
+
+    def passes(self, wrapped: nn.Module) -> Iterator[int]:
+        """The backward passes of one step: more than one only under `optim.accumulation`."""
+        for index in range(self.config.optim.accumulation):
+            with self.accelerator.accumulate(wrapped):
+                yield index
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of `loss`, scaled for precision and accumulation."""
+        self.accelerator.backward(loss)
+
+    def share_statistics(self, *networks: nn.Module) -> None:
+        """Average running batch-norm statistics over processes where SyncBatchNorm does not exist (CPU)."""
+        if self.processes == 1 or self.device.type == "cuda":
+            return
+        buffers = [buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()]
+        flat = self.accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), "mean")
+        for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+            buffer.copy_(mean.view_as(buffer))
+
+    def from_next_process(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors that the next process calls this with (the first process follows the last)."""
+        if self.processes == 1:
+            return tensors
+        following = (self.rank + 1) % self.processes
+        return tuple(self.accelerator.gather(tensor.unsqueeze(0))[following] for tensor in tensors)
+
+    def finish_step(self, values: dict[str, Any], images: int) -> None:
+        """Count the step; every `log_every` steps write and show `values` (scalars, averaged over processes).
+
+        Args:
+            values: Numbers or 0-d tensors by name.
+            images: Images of the step over all processes, for images a second.
+        """
+        self.step += 1
+        self._stopping = self._agree_on_signal()
+        self.log.advance(self.step)
+        if self.step % self.config.run.log_every and self.step != self.total:
+            return
+        scalars = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values.values()]
+        means = self.accelerator.reduce(torch.stack(scalars).detach(), "mean").tolist()
+        numbers = self.log.losses(self.step, dict(zip(values, means)), images)
+        if self.config.run.trackers:
+            self.accelerator.log(numbers, step=self.step)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the network is to be evaluated after the step just finished."""
+        return self.step % self._eval_every == 0 or self.step == self.total
+
+    def report(self, scores: Scores) -> None:
+        """Write and print the scores of the evaluated network after this step, and remember the best."""
+        self._scores = scores
+        best = self._best is None or scores.miou >= self._best["miou"]
+        if best:
+            self._best = {"step": self.step, "miou": scores.miou}
+        names = ("miou", "pixel_accuracy", "classes_counted")
+        numbers = {f"valid/{name}": getattr(scores, name) for name in names}
+        self.log.write({"step": self.step} | numbers)
+        if self.config.run.trackers:
+            self.accelerator.log(numbers, step=self.step)
+        mark = ", the best so far" if best else ""
+        self.log.say(f"step {self.step}: mIoU {100 * scores.miou:.2f} over {scores.classes_counted} classes{mark}")
+        self.log.restart_clock(self.step)
+
+    def picture_path(self) -> Path:
+        """Where the panel of an evaluation after this step goes."""
+        return self.folder / "pictures" / f"step_{self.step:08d}.png"
+
+    def save(self) -> None:
+        """Write a checkpoint where one is due: by cadence, a new best, the last step, or because of a signal."""
+        is_best = self._best is not None and self._best["step"] == self.step
+        due = self.step % self._save_every == 0 or self.step == self.total
+        every = self.config.run.snapshot_every
+        if due or is_best or self._stopping:
+            self._save(resumable=True)
+        elif every and self.step % every == 0:
+            self._save(resumable=False)
+
+    def finish(self) -> None:
+        """Draw the curve of the run and say where everything is."""
+        if not self.is_main:
+            return
+        curve(self.folder / "metrics.jsonl", self.folder / "pictures" / "curve.png")
+        best = f"best mIoU {100 * self._best['miou']:.2f} after step {self._best['step']} (chosen on the valid list); "
+        self.log.say(f"{best if self._best else ''}pictures in {self.folder / 'pictures'}")
+
+    # Inside
+
+    def _check_folder(self) -> None:
+        """Refuse a folder of another script or config before anything is written."""
+        if not (self.folder / "config.json").exists():
+            return
+        try:
+            script = json.loads((self.folder / "run.json").read_text())["script"]
+            old = flatten(json.loads((self.folder / "config.json").read_text()))
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"{self.folder} is not a whole run folder; move it away or give another run.dir") from None
+        if script != self.script:
+            raise UserError(f"{self.folder} is a run of {script}; give another run.dir")
+        new = flatten(to_dict(self.config))
+        differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        changes = [f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differ if key not in FREE_KEYS]
+        if changes:
+            raise UserError(
+                f"{self.folder} was started with another config: {', '.join(changes)}.\n"
+                "Give another run.dir, or the old values to continue it."
+            )
+
+    def _open_folder(self) -> None:
+        try:
+            for name in ("checkpoints", "pictures", "eval"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            replace_file(self.folder / "run.json", json.dumps({"script": self.script}) + "\n")
+            replace_file(self.folder / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
+            self.log.cut(self.step)
+        except OSError as error:
+            raise UserError(f"run folder {self.folder} cannot be written: {error.strerror}; set run.dir") from None
+
+    def _shared_batch_norm(self, network: nn.Module) -> nn.Module:
+        if self.processes > 1 and self.device.type == "cuda":
+            return timm.layers.convert_sync_batchnorm(network)
+        return network
+
+    def _load(self, checkpoint: checkpoints.Checkpoint) -> None:
+        parts = self._parts
+        try:
+            parts.model.load_state_dict(checkpoint.model)
+            for name, module in parts.extra.items():
+                module.load_state_dict(checkpoint.extra[name])
+            parts.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"checkpoint {checkpoint.path} is of another network: {reason}") from None
+        if self.accelerator.scaler is not None and checkpoint.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.step, self._best = checkpoint.meta["step"], checkpoint.state["best"]
+
+    def _save(self, resumable: bool) -> None:
+        if self.is_main:
+            root = self.folder / "checkpoints"
+            try:
+                self._write_checkpoint(root, resumable)
+                if resumable:
+                    self._point_and_prune(root)
+            except OSError as error:
+                # A full disk must not end a run of days: it goes on, and the older checkpoint stands.
+                self.log.say(f"warning: no checkpoint of step {self.step} ({error.strerror or error}); going on")
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, root: Path, resumable: bool) -> None:
+        parts, scaler = self._parts, self.accelerator.scaler
+        if not resumable:
+            checkpoints.write(root, self._meta(), parts.model.state_dict())
+            return
+        extra = {name: module.state_dict() for name, module in parts.extra.items()}
+        state = {
+            "optimizer": parts.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "best": self._best,
+        }
+        checkpoints.write(root, self._meta(), parts.model.state_dict(), extra, state)
+
+    def _point_and_prune(self, root: Path) -> None:
+        checkpoints.point(root, "last", self.step)
+        if self._best and self._best["step"] == self.step:
+            checkpoints.point(root, "best", self.step)
+        best = self._best["step"] if self._best else None
+        checkpoints.prune(root, self.config.run.keep, best, self.config.run.snapshot_every)
+
+    def _meta(self) -> dict[str, Any]:
+        text = json.dumps(to_dict(self.config), sort_keys=True)
+        return {
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch if self.config.run.epochs else None,
+            "scores": {"miou": self._scores.miou} if self._scores and self.evaluates else None,
+            "script": self.script,
+            "config_hash": f"{zlib.crc32(text.encode()):08x}",
+            "versions": {"torch": torch.__version__, "accelerate": accelerate.__version__, "timm": timm.__version__},
+        }
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal:
+            os._exit(128 + number)
+        self._signal = number
+
+    def _agree_on_signal(self) -> int:
+        """The signal that any process got, 0 for none: all must stop after the same step."""
+        if self._cpu_group is None:
+            return self._signal
+        # A group on the CPU: asking on the GPU would wait for it every step.
+        flag = torch.tensor(self._signal)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._cpu_group)
+        return int(flag)
+
+
+def _accelerator(config: Any) -> Accelerator:
+    on_cpu = config.run.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    asked = {"fp32": "no", None: None}.get(config.run.precision, config.run.precision)
+    if on_cpu and (asked or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
+        raise UserError("run.precision fp16 needs a GPU; use fp32 or bf16 on the CPU")
+    for tracker in config.run.trackers:
+        if find_spec(tracker) is None:
+            raise UserError(f"run.trackers names {tracker}, which is not installed: pip install {tracker}")
+    if on_cpu:
+        # Launchers set OMP_NUM_THREADS to 1, which would leave all cores but one idle.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // local))
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=asked,
+        log_with=config.run.trackers or None,
+        project_dir=config.run.dir,
+        # The streams never end, so the end of a loader must not force a synchronisation.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.optim.accumulation, sync_with_dataloader=False
+        ),
+        # Buffers are kept equal by SyncBatchNorm or `share_statistics`; broadcasting them would undo a step's update.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def _share(batch_size: int, processes: int, accumulation: int) -> int:
+    share, rest = divmod(batch_size, processes * accumulation)
+    if rest or share == 0:
+        raise UserError(
+            f"optim.batch_size {batch_size} cannot be divided over {processes} processes x {accumulation} "
+            "accumulation passes; change optim.batch_size, optim.accumulation or the number of processes"
+        )
+    return share

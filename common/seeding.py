@@ -1,0 +1,19 @@
+"""Random numbers as a function of (seed, what for, where in training): not of workers, processes or restarts."""
+
+import zlib
+
+import numpy as np
+
+
+def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
+    """A 32-bit seed for `purpose` at `numbers` (step, rank, position, ...)."""
+    return int(_sequence(seed, purpose, numbers).generate_state(1)[0])
+
+
+def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
+    """A NumPy generator of its own for `purpose` at `numbers`."""
+    return np.random.default_rng(_sequence(seed, purpose, numbers))
+
+
+def _sequence(seed: int, purpose: str, numbers: tuple[int, ...]) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *numbers])

@@ -1,0 +1,235 @@
+"""Pictures: labels in colour, panels of samples, learning curves."""
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from common.errors import UserError
+
+IGNORE = 255
+IGNORE_COLOUR = (255, 255, 255)
+PAGE, INK, FAINT = (240, 240, 243), (30, 30, 35), (115, 115, 125)
+TILE = 256  # width of a picture in a panel, pixels
+MARGIN, GAP, SWATCH = 20, 8, 14
+# Dark blue over teal to yellow: lightness rises with confidence, also in print and for the colour-blind.
+CONFIDENCE_STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and what is known of it; tensors on the CPU.
+
+    Args:
+        name: Its id.
+        image: uint8 [3,H,W].
+        prediction: Class ids [H,W].
+        label: Class ids [H,W], 255 = ignore; None for an unlabeled image.
+        confidence: [H,W] in [0,1].
+        pseudo_label: Class ids [H,W], 255 = ignore.
+    """
+
+    name: str
+    image: Tensor
+    prediction: Tensor
+    label: Tensor | None = None
+    confidence: Tensor | None = None
+    pseudo_label: Tensor | None = None
+
+
+def colourise(label: Tensor | np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Class ids [H,W] as colours uint8 [H,W,3]; 255 (ignore) is white.
+
+    Args:
+        palette: uint8 [256,3].
+    """
+    return _with_ignore(palette)[np.asarray(label).astype(np.uint8)]
+
+
+def save_label(label: Tensor | np.ndarray, palette: np.ndarray, path: Path) -> None:
+    """Write class ids [H,W] as a PNG that holds the ids and shows the colours."""
+    picture = Image.fromarray(np.asarray(label).astype(np.uint8)).convert("P")
+    picture.putpalette(_with_ignore(palette).tobytes())
+    picture.save(path)
+
+
+def side_by_side(pictures: Sequence[np.ndarray], gap: int = 15) -> Image.Image:
+    """Pictures uint8 [H,W,3] of one height in a row, black between them."""
+    black = np.zeros((pictures[0].shape[0], gap, 3), np.uint8)
+    row = [part for picture in pictures for part in (picture, black)][:-1]
+    return Image.fromarray(np.concatenate(row, axis=1))
+
+
+def compare(sample: Sample, palette: np.ndarray) -> Image.Image:
+    """Image, prediction and label of a sample side by side; ignored pixels are white in the last two."""
+    prediction = colourise(sample.prediction, palette)
+    pictures = [_image(sample.image), prediction]
+    if sample.label is not None:
+        prediction[np.asarray(sample.label) == IGNORE] = IGNORE_COLOUR
+        pictures.append(colourise(sample.label, palette))
+    return side_by_side(pictures)
+
+
+def panel(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str], title: str) -> Image.Image:
+    """Samples in rows: image, label, prediction and, where any sample has them, pseudo-label and confidence.
+
+    What a sample lacks stays blank. Below stands a legend of the classes that occur.
+
+    Args:
+        samples: At least one.
+        palette: uint8 [256,3].
+        classes: Names, by class id.
+        title: First line, the step and the scores say.
+    """
+    columns = ["image", "label", "prediction"]
+    columns += [name for name in ("pseudo_label", "confidence") if any(getattr(s, name) is not None for s in samples)]
+    heights = [round(TILE * sample.image.shape[1] / sample.image.shape[2]) for sample in samples]
+    width = 2 * MARGIN + len(columns) * TILE + (len(columns) - 1) * GAP
+    title_font, font, small = (ImageFont.load_default(size) for size in (18, 14, 12))
+    title_lines = _wrap(title, title_font, width - 2 * MARGIN)
+    entries = _legend(samples, palette, classes)
+    places, legend_height = _flow(entries, font, width - 2 * MARGIN)
+    top = MARGIN + 24 * len(title_lines) + 32
+    page = Image.new("RGB", (width, top + sum(heights) + 30 * len(samples) + 8 + legend_height + MARGIN), PAGE)
+    draw = ImageDraw.Draw(page)
+
+    draw.multiline_text((MARGIN, MARGIN - 4), "\n".join(title_lines), INK, title_font, spacing=6)
+    lefts = [MARGIN + index * (TILE + GAP) for index in range(len(columns))]
+    for left, column in zip(lefts, columns):
+        draw.text((left + TILE / 2, top - 10), column.replace("_", "-"), INK, font, anchor="ms")
+    y = top
+    for sample, height in zip(samples, heights):
+        for left, column in zip(lefts, columns):
+            tile = _tile(sample, column, palette, (TILE, height))
+            if tile is not None:
+                page.paste(tile, (left, y))
+            else:
+                draw.rectangle((left, y, left + TILE - 1, y + height - 1), outline=(210, 210, 215))
+        draw.text((MARGIN, y + height + 5), sample.name, FAINT, small)
+        y += height + 30
+    y += 8
+    for (name, colour), (x, down) in zip(entries, places):
+        box = (MARGIN + x, y + down, MARGIN + x + SWATCH, y + down + SWATCH)
+        draw.rectangle(box, fill=colour, outline=FAINT)
+        draw.text((box[2] + 6, y + down + SWATCH / 2), name, INK, font, anchor="lm")
+    if "confidence" in columns:
+        _confidence_key(page, draw, lefts[-1], y - 26, small)
+    return page
+
+
+def curve(metrics_file: Path, out: Path) -> None:
+    """Draw the losses and the mIoU of a run against the step.
+
+    Args:
+        metrics_file: The run's `metrics.jsonl`.
+        out: Picture to write. Without matplotlib one line says how to get it, and nothing is written.
+
+    Raises:
+        UserError: no such log.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        print("no curve drawn: matplotlib is missing (pip install matplotlib)")
+        return
+    lines = _read_lines(metrics_file)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    losses, scores = figure.subplots(2, 1, sharex=True)
+    for name in sorted({name for line in lines for name in line if "loss" in name}):
+        steps, values = _series(lines, name)
+        losses.plot(steps, values, label=name, linewidth=1.8 if name == "loss" else 1.0)
+    steps, values = _series(lines, "valid/miou")
+    scores.plot(steps, [100 * value for value in values], marker="o", markersize=3, color="tab:green")
+    if values:
+        best = max(range(len(values)), key=values.__getitem__)
+        where, offset = (steps[best], 100 * values[best]), (0, 6)
+        scores.annotate(f"{where[1]:.2f}", where, offset, textcoords="offset points", ha="center")
+        scores.margins(y=0.15)
+    if losses.lines:
+        losses.legend(frameon=False)
+    losses.set_ylabel("loss")
+    scores.set_ylabel("mIoU of the validation images (%)")
+    scores.set_xlabel("step")
+    scores.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (losses, scores):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=120)
+
+
+def _read_lines(metrics_file: Path) -> list[dict]:
+    try:
+        text = metrics_file.read_text()
+    except OSError as error:
+        raise UserError(f"no curve: {metrics_file} cannot be read ({error.strerror})") from None
+    # A run that is writing now may have a last line that is not whole.
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
+    points = [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _with_ignore(palette: np.ndarray) -> np.ndarray:
+    return np.concatenate([palette[:IGNORE], np.array([IGNORE_COLOUR], np.uint8)])
+
+
+def _image(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()
+
+
+def _tile(sample: Sample, column: str, palette: np.ndarray, size: tuple[int, int]) -> Image.Image | None:
+    content = getattr(sample, column)
+    if content is None:
+        return None
+    if column == "image":
+        return Image.fromarray(_image(content)).resize(size, Image.Resampling.LANCZOS)
+    colours = _confidence_colours(np.asarray(content)) if column == "confidence" else colourise(content, palette)
+    return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
+
+
+def _confidence_colours(confidence: np.ndarray) -> np.ndarray:
+    """[...] in [0,1] to uint8 [...,3]."""
+    stops = np.linspace(0, 1, len(CONFIDENCE_STOPS))
+    channels = [np.interp(confidence, stops, channel) for channel in zip(*CONFIDENCE_STOPS)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def _confidence_key(page: Image.Image, draw: ImageDraw.ImageDraw, left: int, y: int, font) -> None:
+    """A bar of the confidence colours from 0 to 1 below their column."""
+    bar = _confidence_colours(np.tile(np.linspace(0, 1, TILE - 40), (8, 1)))
+    page.paste(Image.fromarray(bar), (left + 20, y))
+    draw.text((left + 10, y + 4), "0", FAINT, font, anchor="mm")
+    draw.text((left + TILE - 10, y + 4), "1", FAINT, font, anchor="mm")
+
+
+def _legend(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str]) -> list[tuple[str, tuple]]:
+    maps = [m for sample in samples for m in (sample.label, sample.prediction, sample.pseudo_label) if m is not None]
+    present = np.unique(np.concatenate([np.unique(np.asarray(m)) for m in maps]))
+    colours = _with_ignore(palette)
+    names = dict(enumerate(classes)) | {IGNORE: "ignore"}
+    return [(names[index], tuple(colours[index].tolist())) for index in present.tolist()]
+
+
+def _flow(entries: list[tuple[str, tuple]], font, width: int) -> tuple[list[tuple[int, int]], int]:
+    """Where each legend entry goes, line by line like text, and the height of all lines."""
+    places, x, y = [], 0, 0
+    for name, _ in entries:
+        length = SWATCH + 6 + round(font.getlength(name)) + 18
+        if x and x + length - 18 > width:
+            x, y = 0, y + SWATCH + 8
+        places.append((x, y))
+        x += length
+    return places, y + SWATCH
+
+
+def _wrap(text: str, font, width: int) -> list[str]:
+    return textwrap.wrap(text, max(10, int(width / font.getlength("n")))) or [""]

@@ -1,0 +1,313 @@
+"""PRCL: Boosting Semi-Supervised Semantic Segmentation with Probabilistic Representations (Xie et al., AAAI 2023).
+
+    accelerate launch prcl/train.py --config prcl/configs/voc.json
+    accelerate launch prcl/train.py --config prcl/configs/demo.json     # built-in data, minutes on a CPU
+
+A mean teacher labels weakly augmented images, the student learns from their mixed, strongly augmented versions; each
+pixel's embedding is a Gaussian whose variance weighs the contrastive loss. See prcl/README.md for every departure from
+the released code, hardware and results.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from common.augment import (
+    PhotometricRanges,
+    apply_geometry_batch,
+    apply_photometric_batch,
+    draw_flip,
+    draw_geometry,
+    draw_photometric,
+    flip_batch,
+    mix_batch,
+    normalize,
+)
+from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
+from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, open_data
+from common.ema import make_teacher, update_teacher
+from common.errors import told
+from common.evaluation import evaluate, save_panel
+from common.losses import cross_entropy, upsample
+from common.models import build_network, conv_head
+from common.optim import build_optimizer
+from common.run import Run
+from common.schedules import ema_decay, exponential_ramp, poly, set_lr
+from common.seeding import generator
+from prcl.losses import contrastive_labels, contrastive_loss, prototypes, sample, unsupervised_loss
+
+LR_FLOOR = 1e-6  # of the released schedule
+
+
+@dataclass
+class Method:
+    """PRCL's hyper-parameters, named as in its README.
+
+    Args:
+        alpha: Decay of the mean teacher.
+        uncer_lr: Learning rate of the probability head; very sensitive.
+        un_threshold: Confidence that counts towards an image's weight in the unsupervised loss.
+        weak_threshold: Confidence from which an unlabeled pixel takes part in the contrastive loss.
+        strong_threshold: Student's probability below which a pixel is a hard anchor.
+        temp: Temperature of the contrastive loss.
+        num_queries: Anchors a class.
+        num_negatives: Negatives an anchor.
+        begin_epoch: Epoch in which the weight of the contrastive loss starts.
+        max_epoch: Epoch from which that weight is min_value.
+        max_value: Weight of the contrastive loss at begin_epoch; 0 leaves the loss out.
+        min_value: Smallest weight.
+        ramp_mult: Exponent of the ramp.
+        mix_mode: How unlabeled images are mixed.
+        scale_range: Random scale of the unlabeled images' first pass.
+        embedding_dim: Dimensions of the embedding.
+    """
+
+    alpha: ClosedUnitInterval = 0.99
+    uncer_lr: PositiveFloat = 5e-5
+    un_threshold: ClosedUnitInterval = 0.97
+    weak_threshold: ClosedUnitInterval = 0.7
+    strong_threshold: ClosedUnitInterval = 0.8
+    temp: PositiveFloat = 100.0
+    num_queries: PositiveInt = 256
+    num_negatives: PositiveInt = 512
+    begin_epoch: NonNegativeFloat = 0.0
+    max_epoch: PositiveFloat = 200.0
+    max_value: NonNegativeFloat = 1.0
+    min_value: NonNegativeFloat = 0.0
+    ramp_mult: float = -5.0
+    mix_mode: Literal["none", "cutout", "cutmix", "classmix"] = "classmix"
+    scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
+    embedding_dim: PositiveInt = 256
+
+
+@dataclass
+class Config:
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    method: Method
+    run: RunConfig
+
+
+class ProbabilityHead(nn.Module):
+    """Variances in (0, 1) for each pixel and dimension: two linear maps with normalised rows, batch norm, sigmoid.
+
+    As released: the paper exponentiates a log-variance instead. Parameters carry the released names.
+
+    Args:
+        in_channels: Channels of the feature.
+        channels: Dimensions D of the embedding.
+    """
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Parameter(torch.empty(channels, in_channels))
+        self.fc2 = nn.Parameter(torch.empty(channels, channels))
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn2 = nn.BatchNorm2d(channels, affine=False)
+        self.gamma = nn.Parameter(torch.ones(1))
+        self.beta = nn.Parameter(torch.zeros(1))
+        for weight in (self.fc1, self.fc2):
+            nn.init.kaiming_normal_(weight)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """[B,in_channels,h,w] -> variance [B,channels,h,w], in float32 under autocast too."""
+        with torch.autocast(feature.device.type, enabled=False):
+            hidden = F.relu(self.bn1(_pointwise(feature.float(), self.fc1)))
+            log_odds = self.gamma * self.bn2(_pointwise(hidden, self.fc2)) + self.beta
+            # ln(exp(z) + 1e-6) without overflow: it keeps the variance above 1e-6.
+            return torch.sigmoid(torch.logaddexp(log_odds, log_odds.new_tensor(math.log(1e-6))))
+
+
+class PRCLNetwork(nn.Module):
+    """Everything that is trained: DeepLabV3+ and, on its decoder feature, mean and variance of each pixel's embedding.
+
+    Args:
+        model: The config's `model` section, for the DeepLabV3+.
+        embedding_dim: Dimensions D of the embedding.
+    """
+
+    def __init__(self, model: ModelConfig, embedding_dim: int) -> None:
+        super().__init__()
+        self.segmenter = build_network(model)
+        feature_channels = self.segmenter.feature_channels
+        self.representation = conv_head(feature_channels, model.channels, embedding_dim)
+        self.probability = ProbabilityHead(feature_channels, embedding_dim)
+
+    def forward(self, labeled: Tensor, unlabeled: Tensor) -> dict[str, Tensor]:
+        """One forward a step; the two batches pass apart, which keeps the paper's batch-norm statistics.
+
+        Args:
+            labeled, unlabeled: Normalised images [B,3,H,W].
+
+        Returns:
+            `labeled`, `unlabeled`: logits [B,C,h,w]; `mu`, `sigma`: [2B,D,h,w], labeled first.
+        """
+        features = [self.segmenter.features(labeled), self.segmenter.features(unlabeled)]
+        return {
+            "labeled": self.segmenter.classifier(features[0]),
+            "unlabeled": self.segmenter.classifier(features[1]),
+            "mu": torch.cat([self.representation(feature) for feature in features]),
+            "sigma": self.probability(torch.cat(features)),
+        }
+
+
+def steps_per_epoch(labeled_images: int, batch_size: int) -> int:
+    """The paper's rule: as many whole passes over the labeled images as fit in 2000 images, one at least."""
+    steps = math.ceil(labeled_images / batch_size)
+    return max(1, int(2000 / batch_size / steps)) * steps
+
+
+@torch.no_grad()
+def pseudo_labels(teacher: nn.Module, image: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    """The teacher's class [B,H,W] and its probability [B,H,W] for images in [0,1]. The teacher is in training mode."""
+    with run.autocast():
+        logits = teacher(normalize(image))
+    probability = upsample(logits, image.shape[-2:], teacher.align_corners).softmax(1)
+    confidence, pseudo_label = probability.max(1)
+    return pseudo_label, confidence
+
+
+def augment_unlabeled(
+    image: Tensor, pseudo_label: Tensor, confidence: Tensor, positions: Sequence[int], config: Config, run: Run
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two passes with a mix between them: scale and crop; mix with the next image; colours, blur and mirror.
+
+    Args:
+        image: float [B,3,H,W] in [0,1].
+        pseudo_label: int64 [B,H,W].
+        confidence: [B,H,W].
+        positions: What the random numbers of each image follow from.
+    """
+    rngs = [generator(config.run.seed, "unlabeled, on the device", position) for position in positions]
+    crop = config.data.crop_size
+    geometries = [draw_geometry(rng, image.shape[-2:], crop, config.method.scale_range) for rng in rngs]
+    views = apply_geometry_batch(image, pseudo_label, confidence, geometries, crop)
+    following = run.from_next_process(*(view[0] for view in views))
+    image, pseudo_label, confidence = mix_batch(config.method.mix_mode, *views, rngs, following)
+    image = apply_photometric_batch(image, [draw_photometric(rng) for rng in rngs])
+    return flip_batch(image, pseudo_label, confidence, [draw_flip(rng) for rng in rngs])
+
+
+def contrastive_term(
+    output: dict[str, Tensor], label: Tensor, pseudo_label: Tensor, confidence: Tensor, config: Config, run: Run
+) -> Tensor:
+    """The contrastive loss of a step's output, its prototypes taken over all processes."""
+    method = config.method
+    mu, sigma = output["mu"].float(), output["sigma"].float()
+    if method.max_value == 0:
+        return 0.0 * (mu.sum() + sigma.sum())  # the heads stay part of the graph: processes expect their gradients
+    classes = contrastive_labels(label, pseudo_label, confidence, method.weak_threshold, mu.shape[-2:])
+    probability = torch.cat([output["labeled"], output["unlabeled"]]).detach().float().softmax(1)
+    means = prototypes(mu, sigma, classes, config.model.num_classes, lambda total: run.accelerator.reduce(total, "sum"))
+    samples = sample(
+        classes,
+        probability,
+        means,
+        method.strong_threshold,
+        method.temp,
+        method.num_queries,
+        method.num_negatives,
+    )
+    return contrastive_loss(mu, sigma, means, samples, method.temp)
+
+
+def contrastive_weight(step: int, total: int, config: Config) -> float:
+    """The ramp of the contrastive loss, in epochs; a run stated in steps is as long as `max_epoch` epochs."""
+    method = config.method
+    epoch = step / total * (config.run.epochs or method.max_epoch)
+    ramp = (method.begin_epoch, method.max_epoch, method.max_value, method.min_value, method.ramp_mult)
+    return exponential_ramp(epoch, *ramp)
+
+
+@told
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, "prcl", argv)
+    with Run(config, "prcl/train.py") as run:
+        train(config, run)
+
+
+def train(config: Config, run: Run) -> None:
+    optim, method = config.optim, config.method
+
+    source, split = open_data(config, run.accelerator)
+    run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
+    augmented = CropTransform(config.data.crop_size, config.data.scale_range, PhotometricRanges(), flip=True)
+    cropped = CropTransform(config.data.crop_size)
+    labeled_images = TrainingImages(source, split.labeled, augmented, config.run.seed, "labeled", with_label=True)
+    unlabeled_images = TrainingImages(source, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
+
+    network = PRCLNetwork(config.model, method.embedding_dim)
+    teacher = run.place(make_teacher(network.segmenter))
+    heads = [{"params": [*network.segmenter.parameters(), *network.representation.parameters()]}]
+    heads.append({"params": list(network.probability.parameters()), "lr": method.uncer_lr})
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, heads))
+
+    run.resume(model=teacher, extra={"student": network}, optimizer=optimizer)
+    labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
+
+    for step in run.steps():
+        set_lr(optimizer, poly(step, run.total, optim.poly_power), floor=LR_FLOOR)
+        weight = contrastive_weight(step, run.total, config)
+        for _ in run.passes(wrapped):
+            with record_function("data"):
+                labeled: Batch = next(labeled_batches)
+                unlabeled: Batch = next(unlabeled_batches)
+            with record_function("teacher"):
+                weak_image = unlabeled.image.float() / 255
+                weak_label, weak_confidence = pseudo_labels(teacher, weak_image, run)
+            with record_function("augmentation"):
+                image, pseudo_label, confidence = augment_unlabeled(
+                    weak_image, weak_label, weak_confidence, unlabeled.positions, config, run
+                )
+            with record_function("student"):
+                output = wrapped(normalize(labeled.image), normalize(image))
+            with record_function("losses"):
+                size, corners = labeled.label.shape[-2:], network.segmenter.align_corners
+                supervised = cross_entropy(upsample(output["labeled"], size, corners), labeled.label)
+                unlabeled_logits = upsample(output["unlabeled"], size, corners)
+                unsupervised = unsupervised_loss(unlabeled_logits, pseudo_label, confidence, method.un_threshold)
+                contrastive = contrastive_term(output, labeled.label, pseudo_label, confidence, config, run)
+                loss = supervised + unsupervised + weight * contrastive
+            with record_function("backward"):
+                run.backward(loss)
+        with record_function("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+        with record_function("teacher update"):
+            update_teacher(teacher, network.segmenter, ema_decay(step, method.alpha))
+            run.share_statistics(network, teacher)
+
+        run.finish_step(
+            {
+                "loss": loss,
+                "supervised": supervised,
+                "unsupervised": unsupervised,
+                "contrastive": contrastive,
+                "contrastive_weight": weight,
+                "confident": (confidence >= method.un_threshold).float().mean(),
+                "sigma": output["sigma"].mean(),
+                "lr": optimizer.param_groups[0]["lr"],
+            },
+            images=2 * optim.batch_size,
+        )
+        if run.evaluates:
+            run.report(evaluate(teacher, source, split.valid, config.model.num_classes, run.accelerator))
+            save_panel(teacher, source, split, run, threshold=method.un_threshold)
+        run.save()
+    run.finish()
+
+
+def _pointwise(feature: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(feature, F.normalize(weight, dim=1)[:, :, None, None])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The labelled-only baseline every paper is compared with: same network, data and schedule, no unlabeled image.
+
+    accelerate launch supervised/train.py --config supervised/configs/voc.json
+    accelerate launch supervised/train.py --config supervised/configs/demo.json
+
+With `--method.fully_labeled true` the unlabeled list is used with its labels: the upper end of the scale.
+"""
+
+from dataclasses import dataclass
+
+from torch.profiler import record_function
+
+from common.augment import PhotometricRanges, normalize
+from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
+from common.datasets.loaders import CropTransform, StepBatches, TrainingImages, open_data
+from common.errors import told
+from common.evaluation import evaluate, save_panel
+from common.losses import cross_entropy, upsample
+from common.models import build_network
+from common.optim import build_optimizer
+from common.run import Run
+from common.schedules import poly, set_lr
+
+
+@dataclass
+class Method:
+    """What the baseline may differ in.
+
+    Args:
+        fully_labeled: Also learn from the labels of the unlabeled list.
+    """
+
+    fully_labeled: bool = False
+
+
+@dataclass
+class Config:
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    method: Method
+    run: RunConfig
+
+
+@told
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, "supervised", argv)
+    with Run(config, "supervised/train.py") as run:
+        train(config, run)
+
+
+def train(config: Config, run: Run) -> None:
+    optim = config.optim
+
+    source, split = open_data(config, run.accelerator)
+    names = split.labeled + (split.unlabeled if config.method.fully_labeled else [])
+    run.set_length(-(-len(names) // optim.batch_size))
+    augmented = CropTransform(config.data.crop_size, config.data.scale_range, PhotometricRanges(), flip=True)
+    images = TrainingImages(source, names, augmented, config.run.seed, "labeled", with_label=True)
+
+    network = build_network(config.model)
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": list(network.parameters())}]))
+
+    run.resume(model=network, extra={}, optimizer=optimizer)
+    batches = StepBatches(images, run)
+
+    for step in run.steps():
+        set_lr(optimizer, poly(step, run.total, optim.poly_power))
+        for _ in run.passes(wrapped):
+            with record_function("data"):
+                batch = next(batches)
+            with record_function("student"):
+                logits = wrapped(normalize(batch.image))
+            with record_function("losses"):
+                loss = cross_entropy(upsample(logits, batch.label.shape[-2:], network.align_corners), batch.label)
+            with record_function("backward"):
+                run.backward(loss)
+        with record_function("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+        run.share_statistics(network)
+
+        run.finish_step({"loss": loss, "lr": optimizer.param_groups[0]["lr"]}, images=optim.batch_size)
+        if run.evaluates:
+            run.report(evaluate(network, source, split.valid, config.model.num_classes, run.accelerator))
+            save_panel(network, source, split, run)
+        run.save()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Networks of the goldens: official key lists, and weights and inputs by the goldens' rule."""
+
+import gzip
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.models.weights import PRCL_CSS
+
+# What the segmentation networks of PRCL and CSS have besides ours: name -> shape of its 304 -> 256 -> 256 head.
+REPRESENTATION = {
+    "representation.0.weight": (256, 304, 3, 3),
+    "representation.1.weight": (256,),
+    "representation.1.bias": (256,),
+    "representation.1.running_mean": (256,),
+    "representation.1.running_var": (256,),
+    "representation.1.num_batches_tracked": (),
+    "representation.3.weight": (256, 256, 1, 1),
+    "representation.3.bias": (256,),
+}
+
+
+def read_key_list(path: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Key -> shape from a golden `net_keys.json.gz`; `name` is `plain`, `stem` or `uncer_head`."""
+    with gzip.open(path, "rt") as file:
+        return {key: tuple(shape) for key, (shape, _) in json.load(file)[name].items()}
+
+
+def read_conv_geometry(path: Path, name: str) -> dict[str, list[list[int]]]:
+    """Official name -> [stride, dilation, padding] of the convolutions where stride or dilation is not 1."""
+    with gzip.open(path, "rt") as file:
+        return json.load(file)[f"conv_geometry_{name}"]
+
+
+def prcl_css_keys(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The official key list (key -> shape) that belongs to our `DeepLabV3Plus`, from our own key map."""
+    shapes = {prcl_css_name(key): tuple(value.shape) for key, value in network.state_dict().items()}
+    return shapes | REPRESENTATION
+
+
+def prcl_css_name(key: str) -> str:
+    """Our name of a tensor or module of the segmenter -> the official one."""
+    official, ours = next((official, ours) for official, ours in PRCL_CSS.items() if key.startswith(ours))
+    return official + key.removeprefix(ours)
+
+
+def conv_geometry(network: nn.Module) -> dict[str, list[list[int]]]:
+    """As `read_conv_geometry`, of our network."""
+    convolutions = {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
+    return {
+        prcl_css_name(name): [list(conv.stride), list(conv.dilation), list(conv.padding)]
+        for name, conv in convolutions.items()
+        if conv.stride != (1, 1) or conv.dilation != (1, 1)
+    }
+
+
+def fill(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Weights by the rule of the PRCL and CSS goldens: draws seeded by the rank of the sorted key."""
+    return {key: _fill_one(index, key, tuple(shapes[key])) for index, key in enumerate(sorted(shapes))}
+
+
+def _fill_one(index: int, key: str, shape: tuple[int, ...]) -> Tensor:
+    if key.endswith("num_batches_tracked"):
+        return torch.zeros((), dtype=torch.int64)
+    noise = np.random.RandomState(index).standard_normal(shape)
+    if len(shape) >= 2:
+        value = noise * math.sqrt(1 / math.prod(shape[1:]))
+    elif key.endswith("running_var"):
+        value = 1 + np.abs(0.02 * noise)
+    elif key.endswith(("running_mean", "bias")) or key == "beta":
+        value = 0.02 * noise
+    else:
+        value = 1 + 0.02 * noise
+    return torch.from_numpy(np.asarray(value, dtype=np.float32))
+
+
+def draw_input(seed: int, shape: Sequence[int]) -> Tensor:
+    """The input of a network golden."""
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype(np.float32))

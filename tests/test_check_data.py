@@ -1,0 +1,110 @@
+"""check_data: sound data pass, and each thing that can be wrong is named with exit status 2."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.check_data import main
+from common.datasets.splits import Split, write_split
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A VOC tree of the classes 0 and 1, a split and a config that names them; the unlabeled image has no label."""
+    for folder in ("JPEGImages", "SegmentationClassAug"):
+        (tmp_path / "voc" / folder).mkdir(parents=True)
+    for name in ("l1", "l2", "u1", "v1"):
+        Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "voc" / "JPEGImages" / f"{name}.jpg")
+    label = np.array([[0] * 6, [1] * 6, [1] * 6, [255] * 6], np.uint8)
+    for name in ("l1", "l2", "v1"):
+        Image.fromarray(label).save(tmp_path / "voc" / "SegmentationClassAug" / f"{name}.png")
+    write_split(tmp_path / "split", Split(["l1", "l2"], ["u1"], ["v1"]))
+    data = {"dataset": "voc", "root": str(tmp_path / "voc"), "split": str(tmp_path / "split")}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"data": data, "model": {"num_classes": 21}, "method": {"a paper's": 1}})
+    )
+    return tmp_path
+
+
+def check(tree: Path, capsys, *overrides: str) -> tuple[int, str]:
+    """Exit status and what was printed, with the line breaks of the terminal width taken out."""
+    try:
+        main(["--config", str(tree / "config.json"), *overrides])
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, " ".join(capsys.readouterr().out.split())
+
+
+def test_sound_data_pass(tree, capsys):
+    status, text = check(tree, capsys)
+    assert status == 0
+    assert text.endswith("verdict: the data can be used")
+    assert "dataset: voc" in text and "SegmentationClassAug" in text
+    assert "labeled │ 2 │ 0 │ 0 │ 6x4" in text and "unlabeled │ 1 │ 0 │ 0 │ 6x4" in text
+    assert "aeroplane │ 50.00 │ 50.00" in text and "(ignore) │ 25.00 │ 25.00" in text
+
+
+def test_missing_and_broken_files_are_counted_and_named(tree, capsys):
+    (tree / "voc" / "JPEGImages" / "u1.jpg").unlink()
+    (tree / "voc" / "SegmentationClassAug" / "l1.png").unlink()
+    (tree / "voc" / "JPEGImages" / "l2.jpg").write_bytes(b"no picture")
+    status, text = check(tree, capsys)
+    assert status == 2
+    assert "labeled │ 2 │ 1 │ 1 │ -" in text and "unlabeled │ 1 │ 1 │ 0 │ -" in text
+    assert "wrong: labeled: no label of l1:" in text and "wrong: unlabeled: no image of u1:" in text
+    assert "l2.jpg cannot be decoded" in text
+    assert text.endswith("verdict: something is wrong, see above")
+
+
+def test_label_values_and_sizes_are_checked(tree, capsys):
+    Image.fromarray(np.full((4, 6), 77, np.uint8)).save(tree / "voc" / "SegmentationClassAug" / "l1.png")
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tree / "voc" / "SegmentationClassAug" / "v1.png")
+    status, text = check(tree, capsys)
+    assert status == 2
+    assert "l1.png holds 77" in text
+    assert "v1.jpg is 6x4 but its label" in text and "is 9x9" in text
+
+
+def test_overlap_of_lists(tree, capsys):
+    write_split(tree / "overlap", Split(["l1", "l2"], ["l1", "v1"], ["v1"]))
+    status, text = check(tree, capsys, "--data.split", str(tree / "overlap"))
+    assert status == 2
+    assert "wrong: 1 images are both labeled and unlabeled, without data.allow_overlap, l1 for one" in text
+    assert "wrong: 1 images are both unlabeled and valid, v1 for one" in text
+    write_split(tree / "allowed", Split(["l1", "l2"], ["l1", "u1"], ["v1"]))
+    status, text = check(tree, capsys, "--data.split", str(tree / "allowed"), "--data.allow_overlap", "true")
+    assert status == 0 and "note: 1 images are both labeled and unlabeled" in text
+
+
+def test_classes_of_the_network_and_of_the_labeled_list(tree, capsys):
+    Image.fromarray(np.full((4, 6), 2, np.uint8)).save(tree / "voc" / "SegmentationClassAug" / "v1.png")
+    status, text = check(tree, capsys, "--model.num_classes", "19")
+    assert status == 2
+    assert "wrong: model.num_classes is 19, but the data have 21 classes" in text
+    assert "note: no labeled image shows bicycle" in text
+
+
+def test_labels_that_say_nothing(tree, capsys):
+    for name in ("l1", "l2"):
+        Image.fromarray(np.full((4, 6), 255, np.uint8)).save(tree / "voc" / "SegmentationClassAug" / f"{name}.png")
+    status, text = check(tree, capsys)
+    assert status == 2 and "wrong: labeled: no pixel of any class" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--data.root", "nowhere"], "data root nowhere is not a folder"),
+        (["--data.split", "splits/voc/8/0"], "python splits/make.py"),
+        (["--data.rot", "x"], "unrecognized arguments: --data.rot"),
+        (["--config", "nowhere.json"], "config nowhere.json cannot be read"),
+    ],
+)
+def test_what_keeps_the_data_from_being_opened_is_told(tree, capsys, overrides, message):
+    status, text = check(tree, capsys, *overrides)
+    assert status == 2
+    assert message in text and text.endswith("verdict: something is wrong, see above")

@@ -1,0 +1,88 @@
+"""How a config is read, and how a mistake in one is told."""
+
+import json
+
+import pytest
+
+from common.config import flatten, load_config, parse, to_dict
+from common.errors import UserError
+from prcl.train import Config
+
+VALID = {
+    "data": {"dataset": "voc", "root": "somewhere", "split": "splits/voc/1/0", "crop_size": [64, 96]},
+    "model": {"num_classes": 21},
+    "optim": {"lr": 1e-3},
+    "method": {"temp": 0.5},
+    "run": {"epochs": 3},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_config(values) -> str:
+        path = tmp_path / "mine.json"
+        path.write_text(values if isinstance(values, str) else json.dumps(values))
+        return str(path)
+
+    return write_config
+
+
+def test_file_then_overrides(write):
+    config = parse(Config, "prcl", ["--config", write(VALID), "--optim.lr", "0.01", "--data.crop_size", "[32, 48]"])
+    assert config.optim.lr == 0.01
+    assert config.data.crop_size == (32, 48)
+    assert config.method.temp == 0.5
+    assert config.run.dir == "runs/prcl/mine"
+
+
+def test_steps_on_the_command_line_replace_epochs(write):
+    config = parse(Config, "prcl", ["--config", write(VALID), "--run.steps", "7"])
+    assert (config.run.steps, config.run.epochs) == (7, None)
+
+
+def test_a_config_written_and_read_again_is_the_same(write, tmp_path):
+    config = parse(Config, "prcl", ["--config", write(VALID)])
+    assert load_config(Config, write(to_dict(config))) == config
+
+
+def test_flatten_gives_dotted_keys():
+    assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
+
+
+def changed(section: str, key: str, value) -> dict:
+    return VALID | {section: VALID[section] | {key: value}}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (changed("optim", "bach_size", 4), r"unknown key optim.bach_size .*did you mean optim.batch_size\?"),
+        (VALID | {"optimizer": {}}, r"unknown key optimizer .*did you mean optim\?"),
+        (VALID | {"optim": 3}, r"optim in .* must be a section"),
+        (changed("optim", "lr", "fast"), r"optim\.lr"),
+        (changed("optim", "lr", float("nan")), r"optim\.lr"),
+        (changed("optim", "batch_size", 0), r"optim\.batch_size"),
+        (changed("data", "crop_size", [64]), r"data\.crop_size"),
+        (changed("data", "dataset", "ade20k"), r"data\.dataset.*ade20k"),
+        (changed("data", "scale_range", [2.0, 1.0]), r"data\.scale_range"),
+        (changed("run", "steps", 5), r"both run\.steps and run\.epochs"),
+        (VALID | {"run": {}}, r"set run\.steps or run\.epochs"),
+        ("{not json", "is not JSON"),
+        ("[]", "must be a JSON object"),
+    ],
+)
+def test_mistakes_are_told_in_a_line_or_two(values, told, write):
+    with pytest.raises(UserError, match=told) as error:
+        parse(Config, "prcl", ["--config", write(values)])
+    assert len(str(error.value).splitlines()) <= 2
+
+
+def test_a_missing_file_is_told():
+    with pytest.raises(UserError, match=r"nowhere\.json cannot be read"):
+        parse(Config, "prcl", ["--config", "nowhere.json"])
+
+
+def test_numbers_are_plain(write):
+    config = parse(Config, "prcl", ["--config", write(VALID)])
+    assert type(config.optim.lr) is float
+    assert [type(side) for side in config.data.crop_size] == [int, int]

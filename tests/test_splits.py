@@ -1,0 +1,252 @@
+"""Splits: lists are read as people write them, made the same for ever, and never written over."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.config import DataConfig
+from common.datasets import open_source
+from common.datasets.shapes import make_shapes
+from common.datasets.splits import (
+    Split,
+    candidates,
+    choose_class_covering,
+    choose_every,
+    choose_random,
+    complete,
+    read_split,
+    write_split,
+)
+from common.datasets.voc import VOC
+from common.errors import UserError
+from splits.make import main
+
+NAMES = [f"2007_{number:06d}" for number in range(40)]
+
+
+def lists(folder: Path, labeled: str, unlabeled: str = "c\n", valid: str = "v\n") -> Path:
+    folder.mkdir(parents=True)
+    for kind, text in (("labeled", labeled), ("unlabeled", unlabeled), ("valid", valid)):
+        (folder / f"{kind}_filename.txt").write_bytes(text.encode())
+    return folder
+
+
+def voc_tree(root: Path, unlabeled: int = 0) -> Path:
+    """40 training images of class 0 and one of the classes 1 to 4, which is rare; 4 for validation."""
+    for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for index, name in enumerate([*NAMES, *(f"2008_{number:06d}" for number in range(4))]):
+        Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(root / "JPEGImages" / f"{name}.jpg")
+        label = np.zeros((4, 6), np.uint8)
+        label[0] = index // 9 if index % 9 == 0 else 255
+        Image.fromarray(label).save(root / "SegmentationClassAug" / f"{name}.png")
+    (root / "ImageSets/Segmentation/val.txt").write_text("".join(f"2008_{number:06d}\n" for number in range(4)))
+    return root
+
+
+# ---- reading and writing ----
+
+
+def test_lists_are_read_in_their_order_whatever_the_line_ends(tmp_path):
+    folder = lists(tmp_path / "s", "b\r\n\r\na\r\n", "\ufeffd e\n  c \n\n", "v")
+    assert read_split(folder) == Split(["b", "a"], ["d e", "c"], ["v"])
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    split = Split(["b", "a"], ["c"], ["v", "w"])
+    write_split(tmp_path / "662" / "0", split)
+    assert read_split(tmp_path / "662" / "0") == split
+    assert [path.name for path in (tmp_path / "662").iterdir()] == ["0"]
+
+
+def test_a_split_is_not_written_over(tmp_path):
+    split = Split(["a"], ["c"], ["v"])
+    write_split(tmp_path / "s", split)
+    write_split(tmp_path / "s", split)
+    with pytest.raises(UserError, match="nothing is written over"):
+        write_split(tmp_path / "s", Split(["b"], ["c"], ["v"]))
+    assert read_split(tmp_path / "s") == split
+    (tmp_path / "s" / "valid_filename.txt").unlink()
+    with pytest.raises(UserError, match="nothing is written over"):
+        write_split(tmp_path / "s", split)
+
+
+def test_repeated_ids_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"unlabeled_filename\.txt: 1 ids occur more than once, c for one"):
+        read_split(lists(tmp_path / "s", "a\n", "c\nd\nc\n"))
+
+
+def test_overlap_is_refused_unless_allowed(tmp_path):
+    folder = lists(tmp_path / "s", "a\nb\n", "b\nc\n")
+    with pytest.raises(UserError, match=r"1 images are both labeled and unlabeled, b for one.*data\.allow_overlap"):
+        read_split(folder)
+    assert read_split(folder, allow_overlap=True).unlabeled == ["b", "c"]
+
+
+def test_lists_of_other_repositories_are_told_apart(tmp_path):
+    with pytest.raises(UserError, match="one id a line"):
+        read_split(lists(tmp_path / "s", "/JPEGImages/a.jpg /SegmentationClassAug/a.png\n"))
+
+
+def test_missing_and_empty_lists_are_told(tmp_path):
+    folder = tmp_path / "splits" / "662" / "3"
+    with pytest.raises(UserError, match=rf"make\.py .*--labels 662 --seed 3 --out {tmp_path}/splits\n.*published"):
+        read_split(folder)
+    with pytest.raises(UserError, match="--labels N --seed SEED --out SPLITS"):
+        read_split(tmp_path / "any")
+    with pytest.raises(UserError, match=r"labeled_filename\.txt is empty"):
+        read_split(lists(folder, "\n"))
+    assert read_split(lists(tmp_path / "full", "a\n", "")).unlabeled == []
+    (folder / "valid_filename.txt").unlink()
+    with pytest.raises(UserError, match=r"no list .*valid_filename\.txt"):
+        read_split(folder)
+
+
+# ---- choosing ----
+
+
+def test_random_choice_depends_on_names_number_and_seed_alone():
+    chosen = choose_random(NAMES, 8, 0)
+    assert len(set(chosen)) == 8 and set(chosen) <= set(NAMES)
+    assert choose_random(NAMES[::-1], 8, 0) == chosen
+    assert choose_random(NAMES, 8, 1) != chosen
+    assert choose_random(NAMES, 16, 0)[:8] == chosen
+    # Pinned: published runs name their split by these three alone.
+    assert choose_random(NAMES, 4, 0) == ["2007_000017", "2007_000009", "2007_000007", "2007_000032"]
+
+
+@pytest.mark.parametrize("count", [0, 41])
+def test_impossible_numbers_are_refused(count):
+    with pytest.raises(UserError, match=f"{count} labeled images of 40"):
+        choose_random(NAMES, count, 0)
+
+
+def test_every_rth_counts_are_the_published_ones():
+    names = [f"{number:05d}" for number in range(10582)]
+    assert [len(choose_every(names, step)) for step in (16, 8, 4, 2)] == [662, 1323, 2646, 5291]
+    assert choose_every(names[::-1], 16)[:2] == ["00000", "00016"]
+
+
+def test_class_covering_changes_the_random_choice_as_little_as_needed(tmp_path):
+    source = VOC(voc_tree(tmp_path))
+    names = candidates(source)
+    for seed in range(5):
+        chosen = choose_class_covering(source, names, 12, seed)
+        shown = {int(value) for name in chosen for value in source.read_label(name).unique()} - {255}
+        assert shown == {0, 1, 2, 3, 4}
+        assert len(set(chosen)) == 12
+        assert len(set(chosen) & set(choose_random(names, 12, seed))) >= 8
+        assert choose_class_covering(source, names[::-1], 12, seed) == chosen
+    assert choose_class_covering(source, names, 40, 0) == choose_random(names, 40, 0)
+    assert len(set(choose_class_covering(source, names, 4, 0))) == 4
+    with pytest.raises(UserError, match="3 images cannot show all 5 classes"):
+        choose_class_covering(source, names, 3, 0)
+
+
+def test_only_labeled_images_are_chosen_and_the_rest_is_unlabeled(tmp_path):
+    source = VOC(voc_tree(tmp_path))
+    (tmp_path / "ImageSets/Segmentation/train_aug.txt").write_text("".join(f"{name}\n" for name in NAMES))
+    for name in NAMES[10:]:
+        (tmp_path / "SegmentationClassAug" / f"{name}.png").unlink()
+    assert candidates(source) == NAMES[:10]
+    split = complete(source, NAMES[:3])
+    assert split == Split(NAMES[:3], NAMES[3:], source.names("val"))
+
+
+# ---- the command ----
+
+
+def make(root: Path, out: Path, *more: str) -> None:
+    main(["--dataset", "voc", "--data-root", str(root), "--out", str(out), *more])
+
+
+@pytest.mark.parametrize("method", ["random", "class-covering", "every-rth"])
+def test_make_writes_a_complete_split(tmp_path, method, capsys):
+    source = VOC(voc_tree(tmp_path / "voc"))
+    make(tmp_path / "voc", tmp_path / "splits", "--labels", "1/4", "--seed", "3", "--method", method)
+    split = read_split(tmp_path / "splits" / "10" / "3")
+    assert len(split.labeled) == 10
+    assert sorted(split.labeled + split.unlabeled) == NAMES
+    assert split.valid == source.names("val")
+    assert "10 labeled, 30 unlabeled, 4 for validation" in capsys.readouterr().out
+    make(tmp_path / "voc", tmp_path / "splits", "--labels", "10", "--seed", "3", "--method", method)
+    if method == "every-rth":
+        assert split.labeled == NAMES[::4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels", "41"], "41 labeled images of 40"),
+        (["--labels", "many"], "give a number of images or a share"),
+        (["--labels", "5/4"], "give a number of images or a share"),
+        (["--labels", "1.5"], "give a number of images or a share"),
+        (["--labels", "12", "--method", "every-rth"], "every 4th are 10"),
+        (["--labels", "3/8", "--method", "every-rth"], "shares such as 1/8"),
+    ],
+)
+def test_make_tells_what_cannot_be(tmp_path, arguments, message, capsys):
+    voc_tree(tmp_path / "voc")
+    with pytest.raises(SystemExit) as stopped:
+        make(tmp_path / "voc", tmp_path / "splits", *arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "splits").exists()
+
+
+def test_make_refuses_to_write_over_another_split(tmp_path, capsys):
+    voc_tree(tmp_path / "voc")
+    make(tmp_path / "voc", tmp_path / "splits", "--labels", "10")
+    with pytest.raises(SystemExit):
+        make(tmp_path / "voc", tmp_path / "splits", "--labels", "10", "--method", "every-rth")
+    assert "nothing is written over" in capsys.readouterr().err
+
+
+# ---- the built-in data ----
+
+
+def test_built_in_data_bring_their_split(tmp_path):
+    make_shapes(tmp_path / "shapes", "voc", train=24, val=3, size=(24, 32))
+    data = DataConfig("shapes", str(tmp_path / "shapes"), str(tmp_path / "shapes" / "splits" / "6" / "1"))
+    source = open_source(data)
+    assert len(source.classes) == 7
+    split = read_split(data.split)
+    assert (len(split.labeled), len(split.unlabeled), len(split.valid)) == (6, 18, 3)
+    shown = {int(value) for name in split.labeled for value in source.read_label(name).unique()} - {255}
+    assert shown == set(range(7))
+    open_source(data)
+    assert read_split(data.split) == split
+
+
+def test_built_in_data_are_made_on_first_use(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "common.datasets.make_shapes", lambda root, layout: made.append(make_shapes(root, layout, 2, 1))
+    )
+    data = DataConfig("shapes", str(tmp_path / "shapes"), str(tmp_path / "elsewhere" / "2" / "0"))
+    assert len(open_source(data).names("train")) == 2
+    assert len(open_source(data).names("val")) == 1
+    assert len(made) == 1
+    with pytest.raises(UserError, match="no split"):
+        read_split(data.split)
+
+
+def test_built_in_split_folders_name_labels_and_seed(tmp_path):
+    make_shapes(tmp_path / "shapes", "voc", train=2, val=1, size=(24, 32))
+    with pytest.raises(UserError, match="both numbers"):
+        open_source(DataConfig("shapes", str(tmp_path / "shapes"), str(tmp_path / "shapes" / "splits" / "few" / "0")))
+
+
+def test_real_splits_partition_the_data(request):
+    folder = request.config.getoption("--realdata")
+    if folder is None:
+        pytest.skip("--realdata not given")
+    source = VOC(Path(folder) / "camvid_voc")
+    for labels in (12, 23, 46, 92):
+        for seed in (0, 1, 2):
+            split = read_split(Path(folder, "camvid_voc", "splits", str(labels), str(seed)))
+            assert len(split.labeled) == labels
+            assert sorted(split.labeled + split.unlabeled) == source.names("train")
+            assert split.valid == source.names("val")

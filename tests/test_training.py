@@ -1,0 +1,178 @@
+"""Whole runs of every paper's train.py on small built-in data: what they leave behind, continue and refuse."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import PAPERS
+
+every_paper = pytest.mark.parametrize("paper", PAPERS)
+UNREPEATABLE = ("images_per_second",)
+
+
+def train(paper: str, arguments: list[str]) -> None:
+    importlib.import_module(f"{paper}.train").main(arguments)
+
+
+def spawn(paper: str, arguments: list[str], **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, f"{paper}/train.py", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in UNREPEATABLE} for line in lines]
+
+
+def weights(folder: Path) -> dict:
+    last = folder / "checkpoints" / "last"
+    mapped = load_file(last / "model.safetensors") | load_file(last / "extra.safetensors")
+    return {name: tensor.clone() for name, tensor in mapped.items()}  # the file may be truncated later
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert metrics(one) == metrics(other)
+
+
+@every_paper
+def test_a_run_leaves_what_is_documented(paper, tiny, tmp_path, capsys):
+    train(paper, tiny(paper))
+    run = tmp_path / "run"
+    assert json.loads((run / "config.json").read_text())["run"]["steps"] == 6
+    lines = metrics(run)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "valid/miou" in line] == [3, 6]
+    assert os.readlink(run / "checkpoints" / "last") == "step_00000006"
+    assert (run / "checkpoints" / "best" / "model.safetensors").exists()
+    assert (run / "pictures" / "step_00000006.png").exists()
+    assert (run / "eval").is_dir()
+    assert "mIoU" in capsys.readouterr().out
+
+
+@every_paper
+def test_only_the_newest_checkpoints_and_the_best_are_kept_and_snapshots_stay(paper, tiny, tmp_path):
+    train(paper, tiny(paper, "--run.keep", "1", "--run.snapshot_every", "1", "--run.eval_every", "6"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    folders = sorted(path.name for path in checkpoints.glob("step_*"))
+    assert folders == [f"step_0000000{step}" for step in range(1, 7)]
+    resumable = [path.parent.name for path in checkpoints.glob("step_*/state.pt")]
+    assert resumable == ["step_00000006"]
+
+
+@every_paper
+def test_the_same_command_on_a_finished_run_changes_nothing(paper, tiny, tmp_path):
+    train(paper, tiny(paper))
+    before = metrics(tmp_path / "run"), weights(tmp_path / "run")
+    train(paper, tiny(paper))
+    after = metrics(tmp_path / "run"), weights(tmp_path / "run")
+    assert before[0] == after[0]
+    assert all(before[1][name].equal(after[1][name]) for name in before[1])
+
+
+@every_paper
+def test_a_run_stopped_by_a_signal_continues_to_the_same_bits(paper, tiny, tmp_path):
+    whole = tiny(paper, "--run.dir", str(tmp_path / "whole"), "--run.steps", "8")
+    stopped = tiny(paper, "--run.dir", str(tmp_path / "stopped"), "--run.steps", "8", "--run.save_every", "8")
+    whole += ["--run.save_every", "8"]
+    process = spawn(paper, stopped)
+    wait_for(tmp_path / "stopped" / "metrics.jsonl", '"step": 2')
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert "stopped after step" in output
+    assert "Traceback" not in output
+    assert 2 <= metrics(tmp_path / "stopped")[-1]["step"] < 8
+    train(paper, stopped)
+    train(paper, whole)
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@every_paper
+def test_a_killed_run_continues_from_its_last_checkpoint_to_the_same_bits(paper, tiny, tmp_path):
+    killed = tiny(paper, "--run.dir", str(tmp_path / "killed"), "--run.steps", "8")
+    process = spawn(paper, killed)
+    wait_for(tmp_path / "killed" / "metrics.jsonl", '"step": 3')
+    process.kill()
+    process.wait()
+    train(paper, killed)
+    train(paper, tiny(paper, "--run.dir", str(tmp_path / "whole"), "--run.steps", "8"))
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def wait_for(path: Path, text: str) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < deadline, f"{path} never held {text}"
+        time.sleep(0.01)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(tiny, tmp_path, capsys):
+    train("supervised", tiny("supervised"))
+    expected = weights(tmp_path / "run"), metrics(tmp_path / "run")
+    with open(tmp_path / "run" / "checkpoints" / "step_00000006" / "model.safetensors", "r+b") as file:
+        file.truncate(100)
+    train("supervised", tiny("supervised"))
+    assert "is damaged" in capsys.readouterr().out
+    assert all(expected[0][name].equal(tensor) for name, tensor in weights(tmp_path / "run").items())
+    assert metrics(tmp_path / "run") == expected[1]
+
+
+def refused(paper: str, arguments: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        train(paper, arguments)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) <= 2
+    return message
+
+
+def test_a_folder_of_another_config_or_script_is_refused_and_left_alone(tiny, tmp_path, capsys):
+    train("supervised", tiny("supervised"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    message = refused("supervised", tiny("supervised", "--optim.lr", "0.5"), capsys)
+    assert "optim.lr (0.001 there, 0.5 now)" in message
+    assert "supervised/train.py" in refused("prcl", tiny("prcl"), capsys)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--optim.batch_sise", "2"], "did you mean --optim.batch_size"),
+        (["--optim.lr", "-1"], "optim.lr"),
+        (["--data.crop_size", "[0, 32]"], "data.crop_size"),
+        (["--data.dataset", "voc", "--data.root", "nowhere"], "nowhere"),
+        (["--data.split", "nowhere"], "nowhere"),
+        (["--model.num_classes", "5"], "model.num_classes is 5"),
+        (["--model.backbone", "resnet19"], "resnet19"),
+        (["--model.pretrained", "nowhere.pth"], "nowhere.pth"),
+        (["--run.precision", "fp16"], "fp16"),
+        (["--optim.accumulation", "3"], "optim.batch_size 2 cannot be divided"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_told_before_training(arguments, told, tiny, tmp_path, capsys):
+    message = refused("supervised", tiny("supervised", *arguments), capsys)
+    assert told in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_accumulated_passes_count_as_one_step(tiny, tmp_path):
+    train("supervised", tiny("supervised", "--optim.batch_size", "4", "--optim.accumulation", "2"))
+    assert metrics(tmp_path / "run")[-1]["step"] == 6
