@@ -70,6 +70,11 @@ class Run(AbstractContextManager):
         self.device = self.accelerator.device
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.batch_size = _share(config.optim.batch_size, self.processes, config.optim.accumulation)
+        if self.batch_size == 1 and not self._has_shared_batch_norm:
+            raise UserError(
+                "one image a process and pass is too few for batch norm: raise optim.batch_size, "
+                "or lower optim.accumulation or the number of processes"
+            )
         self.step, self.total, self.steps_per_epoch = 0, 0, None
         self.log = Logbook(self.folder / "metrics.jsonl", self.is_main)
         self._best: dict[str, Any] | None = None
@@ -186,7 +191,7 @@ class Run(AbstractContextManager):
 
     def share_statistics(self, *networks: nn.Module) -> None:
         """Average running batch-norm statistics over processes where SyncBatchNorm does not exist (CPU)."""
-        if self.processes == 1 or self.device.type == "cuda":
+        if self.processes == 1 or self._has_shared_batch_norm:
             return
         buffers = [buffer for network in networks for buffer in network.buffers() if buffer.is_floating_point()]
         flat = self.accelerator.reduce(torch.cat([buffer.flatten() for buffer in buffers]), "mean")
@@ -292,8 +297,12 @@ class Run(AbstractContextManager):
         except OSError as error:
             raise UserError(f"run folder {self.folder} cannot be written: {error.strerror}; set run.dir") from None
 
+    @property
+    def _has_shared_batch_norm(self) -> bool:
+        return self.processes > 1 and self.device.type == "cuda"
+
     def _shared_batch_norm(self, network: nn.Module) -> nn.Module:
-        if self.processes > 1 and self.device.type == "cuda":
+        if self._has_shared_batch_norm:
             return timm.layers.convert_sync_batchnorm(network)
         return network
 

@@ -165,6 +165,7 @@ def test_a_folder_of_another_config_or_script_is_refused_and_left_alone(tiny, tm
         (["--model.pretrained", "nowhere.pth"], "nowhere.pth"),
         (["--run.precision", "fp16"], "fp16"),
         (["--optim.accumulation", "3"], "optim.batch_size 2 cannot be divided"),
+        (["--optim.accumulation", "2"], "too few for batch norm"),
     ],
 )
 def test_what_a_user_gets_wrong_is_told_before_training(arguments, told, tiny, tmp_path, capsys):

@@ -1,0 +1,119 @@
+"""Train the rows of a table over several seeds and print mean and spread.
+
+    python benchmarks/accuracy.py benchmarks/tables/shapes.json
+    python benchmarks/accuracy.py benchmarks/tables/shapes.json --seeds 0 --set run.threads=1
+    python benchmarks/accuracy.py benchmarks/tables/shapes.json --show
+
+A table names scripts, configs and what differs; `{seed}` in a value is replaced. Every run is kept as a line of
+benchmarks/results/<table>.jsonl, with its command and what it ran on; a run that stands there is read, not repeated.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import UserError, told
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def command(row: dict[str, Any], shared: dict[str, Any], given: dict[str, str], seed: int, folder: Path) -> list[str]:
+    """The command line of one run, without the interpreter."""
+    values = shared | row.get("set", {}) | given | {"run.seed": seed, "run.dir": str(folder)}
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    flat = [text for key, value in texts.items() for text in (f"--{key}", value.replace("{seed}", str(seed)))]
+    return [row["script"], "--config", row["config"], *flat]
+
+
+def run_once(name: str, seed: int, arguments: list[str], folder: Path) -> dict[str, Any]:
+    """Train, and read the scores from the run's metrics.
+
+    Raises:
+        UserError: the run failed.
+    """
+    started = time.perf_counter()
+    if subprocess.run([sys.executable, "-m", "accelerate.commands.launch", *arguments]).returncode:
+        raise UserError(f"row {name!r}, seed {seed} failed: {' '.join(arguments)}")
+    seconds = time.perf_counter() - started
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["valid/miou"] for line in lines if "valid/miou" in line]
+    training = [line for line in lines if "loss" in line]
+    return {
+        "row": name,
+        "seed": seed,
+        "miou_last": round(100 * scores[-1], 2),
+        "miou_best": round(100 * max(scores), 2),
+        "training": {key: round(value, 4) for key, value in training[-1].items()},
+        "seconds": round(seconds, 1),
+        "command": "accelerate launch " + " ".join(arguments),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {_gpu()}",
+        "torch": torch.__version__,
+    }
+
+
+def read_results(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Runs already measured, by row and seed."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    results = [json.loads(line) for line in lines]
+    return {(result["row"], result["seed"]): result for result in results}
+
+
+def summary(rows: list[str], seeds: list[int], results: dict[tuple[str, int], dict[str, Any]]) -> Table:
+    """Mean and standard deviation over the seeds, of the last and of the best evaluation of each run."""
+    table = Table("row", "seeds", "mIoU, last step", "mIoU, best step", "seconds a run")
+    for row in rows:
+        found = [results[row, seed] for seed in seeds if (row, seed) in results]
+        columns = [[result[key] for result in found] for key in ("miou_last", "miou_best", "seconds")]
+        table.add_row(row, str(len(found)), *(_spread(column) for column in columns))
+    return table
+
+
+@told
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="JSON file with seeds, shared settings and rows")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this machine")
+    parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds of the table")
+    parser.add_argument("--show", action="store_true", help="print what stands in the results, run nothing")
+    options = parser.parse_args()
+    try:
+        table = json.loads(options.table.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"table {options.table} cannot be read: {error}") from None
+    given = dict(text.split("=", 1) for text in options.set)
+    path = RESULTS / f"{options.table.stem}.jsonl"
+    for name, row in table["rows"].items():
+        for seed in options.seeds or table["seeds"]:
+            if options.show or (name, seed) in read_results(path):
+                continue
+            folder = Path("runs", "benchmarks", options.table.stem, name.replace(" ", "_"), str(seed))
+            result = run_once(name, seed, command(row, table.get("set", {}), given, seed, folder), folder)
+            with path.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+    Console().print(summary(list(table["rows"]), table["seeds"], read_results(path)))
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def _gpu() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Two processes see and do what one with the same total batch does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.augment import PhotometricRanges
+from common.datasets.loaders import CropTransform, StepBatches, TrainingImages
+from common.datasets.shapes import CLASSES
+from common.datasets.voc import VOC
+from tests.conftest import PAPERS
+
+STEPS = 3
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=120, env=environment)
+
+
+def batches(root: Path, processes: int, rank: int, step: int = 0, accumulation: int = 1, total: int = 4):
+    """The batches one of `processes` gets, as a run with a total batch of `total` would make them."""
+    config = SimpleNamespace(
+        optim=SimpleNamespace(accumulation=accumulation), data=SimpleNamespace(workers=0), run=SimpleNamespace(seed=5)
+    )
+    run = SimpleNamespace(
+        config=config,
+        processes=processes,
+        rank=rank,
+        batch_size=total // processes // accumulation,
+        step=step,
+        device=torch.device("cpu"),
+    )
+    source = VOC(root, CLASSES)
+    transform = CropTransform((32, 40), (0.5, 1.5), PhotometricRanges(), flip=True)
+    images = TrainingImages(source, source.names("train")[:7], transform, 5, "labeled", with_label=True)
+    return StepBatches(images, run)
+
+
+def joined(parts: list) -> SimpleNamespace:
+    return SimpleNamespace(
+        image=torch.cat([part.image for part in parts]),
+        label=torch.cat([part.label for part in parts]),
+        names=[name for part in parts for name in part.names],
+    )
+
+
+def assert_same(one, other) -> None:
+    assert one.names == other.names
+    assert one.image.equal(other.image)
+    assert one.label.equal(other.label)
+
+
+def test_two_processes_share_the_batches_of_one(shapes_root):
+    alone = batches(shapes_root, 1, 0)
+    first, second = batches(shapes_root, 2, 0), batches(shapes_root, 2, 1)
+    for _ in range(STEPS):
+        assert_same(next(alone), joined([next(first), next(second)]))
+
+
+def test_accumulated_passes_share_the_batch_of_one_step(shapes_root):
+    alone, accumulated = batches(shapes_root, 1, 0), batches(shapes_root, 1, 0, accumulation=2)
+    for _ in range(STEPS):
+        assert_same(next(alone), joined([next(accumulated), next(accumulated)]))
+
+
+def test_a_stream_continues_where_it_was(shapes_root):
+    whole = batches(shapes_root, 1, 0)
+    seen = [next(whole) for _ in range(STEPS)]
+    assert_same(next(batches(shapes_root, 1, 0, step=STEPS - 1)), seen[-1])
+
+
+def test_every_pass_shows_every_image_once_in_another_order_and_augmentation(shapes_root):
+    stream = batches(shapes_root, 1, 0, total=7)
+    first, second = next(stream), next(stream)
+    assert sorted(first.names) == sorted(second.names) and len(set(first.names)) == 7
+    assert first.names != second.names
+    for name in first.names:
+        assert not first.image[first.names.index(name)].equal(second.image[second.names.index(name)])
+
+
+AUGMENT = """
+import sys, torch
+from accelerate import Accelerator
+from common.config import parse
+from common.run import Run
+from prcl.train import Config, augment_unlabeled
+out, arguments = sys.argv[1], sys.argv[2:]
+with Run(parse(Config, "prcl", arguments), "prcl/train.py") as run:
+    numbers = torch.Generator().manual_seed(0)
+    image = torch.rand(4, 3, 40, 48, generator=numbers)
+    label = torch.randint(0, 7, (4, 40, 48), generator=numbers)
+    confidence = torch.rand(4, 40, 48, generator=numbers)
+    mine = slice(run.rank * run.batch_size, (run.rank + 1) * run.batch_size)
+    positions = list(range(8, 12))[mine]
+    views = augment_unlabeled(image[mine], label[mine], confidence[mine], positions, run.config, run)
+    torch.save([view.clone() for view in views], f"{out}/{run.processes}_{run.rank}.pt")
+"""
+
+
+@pytest.mark.parametrize("mode", ["classmix", "cutmix"])
+def test_unlabeled_images_are_augmented_and_mixed_alike_on_one_and_two_processes(mode, tiny, tmp_path):
+    script = tmp_path / "augment.py"
+    script.write_text(AUGMENT)
+    arguments = [str(script), str(tmp_path), *tiny("prcl", "--optim.batch_size", "4", "--method.mix_mode", mode)]
+    subprocess.run([sys.executable, *arguments], check=True)
+    process = torchrun(*arguments)
+    assert process.returncode == 0, process.stderr
+    whole, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    for view, parts in zip(whole, zip(first, second)):
+        assert view.equal(torch.cat(parts))
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_run_of_two_processes_trains_and_continues_in_one(paper, tiny, tmp_path):
+    length = ["--run.steps", "4", "--optim.batch_size", "4"]
+    process = torchrun(f"{paper}/train.py", *tiny(paper, *length))
+    assert process.returncode == 0, process.stderr
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    for link in ("last", "best"):
+        (run / "checkpoints" / link).unlink(missing_ok=True)
+    # As if it had been killed after step 2: one process goes on from there.
+    for path in sorted((run / "checkpoints" / "step_00000004").iterdir()):
+        path.unlink()
+    (run / "checkpoints" / "step_00000004").rmdir()
+    again = subprocess.run([sys.executable, f"{paper}/train.py", *tiny(paper, *length)], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "after step" in again.stdout
+    assert len(load_file(run / "checkpoints" / "last" / "model.safetensors")) > 0

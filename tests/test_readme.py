@@ -1,0 +1,126 @@
+"""Every command in a README or a page of docs/ runs: its script, in this process, on data and steps cut small."""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.datasets.shapes import make_shapes
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")])
+LAUNCHER = re.compile(r"^(accelerate launch|torchrun|python)( --\S+( [\w.]+)?)*? (?=\S+\.py|-m )")
+SMALL_DATA = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--data.allow_overlap", "true"]
+SMALL_MODEL = ["--model.backbone", "resnet18", "--model.channels", "8", "--model.pretrained", "false"]
+SMALL_RUN = ["--optim.batch_size", "2", "--run.steps", "2", "--run.eval_every", "2", "--run.threads", "1"]
+SMALL_PRCL = ["--method.num_queries", "8", "--method.num_negatives", "8", "--method.embedding_dim", "8"]
+
+
+def commands() -> list[str]:
+    """Commands of all fenced blocks and, in tables, of code that starts with a launcher; without their remarks."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        found += [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+        found += re.findall(r"^\|.*?\| `((?:accelerate launch|python) [^`]*)`", text, re.MULTILINE)
+    return sorted(set(found))
+
+
+COMMANDS = commands()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """The project with small data where the commands look for it, and a short run to evaluate."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("prcl", "supervised", "splits", "benchmarks", "common"):
+        (folder / name).symlink_to(ROOT / name)
+    make_shapes(folder / "data" / "shapes", "voc", train=40, val=4, size=(48, 64))
+    make_shapes(folder / "data" / "VOCdevkit" / "VOC2012", "voc", train=700, val=4, size=(32, 32))
+    make_shapes(folder / "data" / "cityscapes", "cityscapes", train=160, val=4, size=(32, 32))
+    (folder / "splits").unlink()
+    shutil.copytree(ROOT / "splits", folder / "splits")
+    return folder
+
+
+def run_here(arguments: list[str], folder: Path, monkeypatch) -> None:
+    """Run a script (`x.py ...`) or module (`-m x ...`) as `python` would, in `folder`."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    is_module = arguments[0] == "-m"
+    monkeypatch.setattr(sys, "argv", arguments[is_module:])
+    try:
+        if is_module:
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code
+
+
+def without_launcher(command: str) -> list[str]:
+    match = LAUNCHER.match(command)
+    assert match, f"no launcher in: {command}"
+    return shlex.split(command[match.end() :])
+
+
+def shortened(arguments: list[str]) -> list[str]:
+    """A training command with less of everything; other commands as they are."""
+    if not arguments[0].endswith("train.py"):
+        return ["2-" if text == "300-" else text for text in arguments]
+    small = [*SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, *(SMALL_PRCL if arguments[0].startswith("prcl") else [])]
+    return arguments + small
+
+
+def make_split_for(arguments: list[str], folder: Path, monkeypatch) -> None:
+    """Make the split that a paper's config on real data names, with the command that its absence would name."""
+    for dataset, root, labels in (("voc", "VOCdevkit/VOC2012", "662"), ("cityscapes", "cityscapes", "150")):
+        if any(f"/{dataset}.json" in text for text in arguments) and not (folder / "splits" / dataset).exists():
+            flags = f"--data-root data/{root} --labels {labels} --seed 3407 --out splits/{dataset}"
+            run_here(shlex.split(f"splits/make.py --dataset {dataset} {flags}"), folder, monkeypatch)
+
+
+def make_run_for(command: str, folder: Path, monkeypatch) -> None:
+    paper = command.split("/")[0]
+    run = folder / "runs" / paper / "demo"
+    if "eval.py" in command and not run.exists():
+        length = ["--run.steps", "4", "--run.snapshot_every", "2"]
+        arguments = shortened([f"{paper}/train.py", "--config", f"{paper}/configs/demo.json"]) + length
+        run_here(arguments, folder, monkeypatch)
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 15
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make ")])
+def test_command(command, project, monkeypatch, capsys):
+    arguments = without_launcher(command)
+    if arguments[0].endswith("train.py"):
+        make_split_for(arguments, project, monkeypatch)
+        shutil.rmtree(project / "runs", ignore_errors=True)
+    make_run_for(arguments[0], project, monkeypatch)
+    if arguments[0].endswith("accuracy.py") and "--show" not in arguments:
+        arguments.append("--show")  # running a table takes an hour
+    run_here(shortened(arguments), project, monkeypatch)
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
+def test_make_target_exists(command):
+    subprocess.run([*shlex.split(command.split("#")[0]), "--dry-run"], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_the_demo_is_launched_by_accelerate(tiny, tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    arguments = tiny("prcl", "--run.steps", "2")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, "prcl/train.py", *arguments], check=True, cwd=ROOT, env=environment, capture_output=True)
+    assert (tmp_path / "run" / "checkpoints" / "last").exists()
