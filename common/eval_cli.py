@@ -43,10 +43,10 @@ def main_eval(paper: str, config_class: type, argv: Sequence[str] | None = None)
     args = _parser(paper).parse_args(argv)
     crop = None if args.sliding is None else (args.sliding, args.sliding)
     protocol = Protocol(crop, tuple(args.scales), args.flip)
-    accelerator = _accelerator(args.devices, argv)
-    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     run = find_run(paper, args.run, args.which)
     config = load_config(config_class, run / "config.json")
+    accelerator = _accelerator(args.devices, config.run.precision, argv)
+    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     targets, notes = find_targets(run, args.which, by_epoch=config.run.epochs is not None)
     data = load_config(config_class, args.config).data if args.config else config.data
     # The built-in data are made on first use: by one process.
@@ -127,8 +127,11 @@ def _parser(paper: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _accelerator(devices: str | None, argv: list[str]) -> Accelerator:
-    """The Accelerator of the asked devices; several GPUs replace this process by `accelerate launch`."""
+def _accelerator(devices: str | None, precision: str | None, argv: list[str]) -> Accelerator:
+    """The Accelerator of the asked devices; several GPUs replace this process by `accelerate launch`.
+
+    The run's precision is kept, so that scores are those seen in training; a CPU takes fp32 for fp16.
+    """
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if devices is not None:
         gpus = parse_devices(devices, torch.cuda.device_count())
@@ -140,8 +143,10 @@ def _accelerator(devices: str | None, argv: list[str]) -> Accelerator:
         if gpus:
             torch.cuda.set_device(gpus[0])
         on_cpu = not gpus
+    mixed = "no" if precision in (None, "fp32") or (on_cpu and precision == "fp16") else precision
     # Processes that finish early wait for the slowest one, which may take longer than the 10 minutes of the default.
-    return Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))])
+    timeout = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    return Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[timeout])
 
 
 def launch_command(gpus: list[int], argv: list[str]) -> list[str]:

@@ -71,7 +71,8 @@ def evaluate(
     told = _progress(_loader(source, mine, workers, accelerator.device), mine, bar, accelerator.is_main_process)
     for images, labels in told:
         images, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in (images, labels))
-        logits, _ = sum_logits(network, images, tuple(labels.shape[-2:]), protocol)
+        with accelerator.autocast():
+            logits, _ = sum_logits(network, images, tuple(labels.shape[-2:]), protocol)
         confusion.update(logits.argmax(1), labels)
     confusion.matrix = accelerator.reduce(confusion.matrix, "sum")
     return confusion.scores()

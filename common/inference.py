@@ -154,9 +154,10 @@ def _scaled(image: Tensor, scale: float) -> Tensor:
 
 
 def _resized(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    scores = scores.float()  # in half precision sums over windows would lose digits
     if scores.shape[-2:] == tuple(size):
         return scores
-    return F.interpolate(scores.float(), size, mode="bilinear", align_corners=align_corners)
+    return F.interpolate(scores, size, mode="bilinear", align_corners=align_corners)
 
 
 def _margins(side: int, crop: int) -> tuple[int, int]:

@@ -13,10 +13,15 @@ def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.o
     Every group remembers the rate it starts from as `initial_lr`, which `schedules.set_lr` scales.
     """
     if optim.name == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
     else:
         optimizer = torch.optim.SGD(
-            groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, nesterov=optim.momentum > 0
+            groups,
+            lr=optim.lr,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            nesterov=optim.momentum > 0,
+            fused=True,
         )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]

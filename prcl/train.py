@@ -288,9 +288,9 @@ def train(config: Config, run: Run) -> None:
         run.finish_step(
             {
                 "loss": loss,
-                "supervised": supervised,
-                "unsupervised": unsupervised,
-                "contrastive": contrastive,
+                "loss_supervised": supervised,
+                "loss_unsupervised": unsupervised,
+                "loss_contrastive": contrastive,
                 "contrastive_weight": weight,
                 "confident": (confidence >= method.un_threshold).float().mean(),
                 "sigma": output["sigma"].mean(),

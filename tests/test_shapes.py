@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from common.datasets import shapes
-from common.datasets.shapes import CLASSES, draw_scene, make_shapes
+from common.datasets.shapes import CLASSES, draw_scene, is_drawn, make_shapes
 from common.errors import UserError
 
 SIZE = (48, 64)
@@ -141,3 +141,14 @@ def test_a_broken_making_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="out of ink"):
         make(tmp_path / "voc")
     assert not any(tmp_path.iterdir())
+
+
+def test_data_of_another_drawing_are_not_trained_on(tmp_path):
+    root = tmp_path / "shapes"
+    assert not is_drawn(root)
+    make_shapes(root, "voc", train=2, val=1, size=(32, 32))
+    assert is_drawn(root)
+    stamp = json.loads((root / "shapes.json").read_text())
+    (root / "shapes.json").write_text(json.dumps(stamp | {"drawing": 0}))
+    with pytest.raises(UserError, match="another version"):
+        is_drawn(root)

@@ -6,7 +6,7 @@ from common.config import DataConfig
 from common.datasets.cityscapes import Cityscapes
 from common.datasets.folder import Folder
 from common.datasets.gta5 import GTA5
-from common.datasets.shapes import CLASSES, STAMP, make_shapes
+from common.datasets.shapes import CLASSES, is_drawn, make_shapes
 from common.datasets.source import Source
 from common.datasets.splits import candidates, choose_class_covering, complete, write_split
 from common.datasets.voc import VOC
@@ -35,7 +35,7 @@ def open_source(data: DataConfig) -> Source:
 
 
 def _built_in(root: Path, split: Path) -> VOC:
-    if not (root / STAMP).is_file():
+    if not is_drawn(root):
         make_shapes(root, "voc")
     source = VOC(root, CLASSES)
     if split.parent.parent.resolve() == (root / "splits").resolve() and not split.exists():

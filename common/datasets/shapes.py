@@ -38,7 +38,7 @@ DRAWING = 1  # raised whenever scenes come out otherwise than before, so that re
 HUE_SPREAD = 0.12  # on either side of a class's hue, in turns of the colour circle; classes are 1/6 apart
 MARKS, OBJECTS = (3, 10), (1, 5)  # how many a scene has, the upper bound not included
 RADIUS = (0.2, 0.4)  # of an object, in shorter sides of the scene
-CONTRAST = (0.2, 0.6)  # the darker colour of a texture, in parts of the brighter one
+CONTRAST = (0.2, 0.6)  # by which the other colour of a texture is darkened
 GROUND_SATURATION = (0.0, 0.3)
 
 
@@ -134,20 +134,25 @@ def _plain(u: np.ndarray, v: np.ndarray, wavelength: float) -> np.ndarray:
 
 
 class Kind(NamedTuple):
-    """How objects of one class look. `hue` is the middle of a range wider than the step between classes."""
+    """How objects of one class look.
+
+    `hue` is the middle of a range wider than the step between classes; `second` is how far from it, in turns, the other
+    colour of the texture lies: unlike the hue itself it outlasts the colour jitter of the papers' augmentation.
+    """
 
     outline: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
     texture: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
     hue: float
+    second: float
 
 
 KINDS = (  # in the order of CLASSES, background left out
-    Kind(_disc, _plain, 0 / 6),
-    Kind(_ring, _stripes, 1 / 6),
-    Kind(_rectangle, _checks, 2 / 6),
-    Kind(_star, _plain, 3 / 6),
-    Kind(_triangle, _dots, 4 / 6),
-    Kind(_cross, _stripes, 5 / 6),
+    Kind(_disc, _plain, 0 / 6, 0),
+    Kind(_ring, _stripes, 1 / 6, 1 / 2),
+    Kind(_rectangle, _checks, 2 / 6, 0),
+    Kind(_star, _plain, 3 / 6, 1 / 3),
+    Kind(_triangle, _dots, 4 / 6, 1 / 3),
+    Kind(_cross, _stripes, 5 / 6, 0),
 )
 # ---- a scene ----
 
@@ -222,7 +227,7 @@ def _draw_object(rng: Generator, canvas: Canvas, radius: float, look: Look) -> N
     distance = kind.outline(u, v, radius)
     hue = kind.hue + look.hue_shift + rng.uniform(-HUE_SPREAD, HUE_SPREAD)
     bright = _color(rng, hue, look.saturation, look.value)
-    dark = bright * rng.uniform(*CONTRAST)
+    dark = _color(rng, hue + kind.second, look.saturation, look.value) * rng.uniform(*CONTRAST)
     share = 0.5 + 0.5 * kind.texture(u, v, radius * rng.uniform(*look.wavelength))[..., None]
     canvas.paint(share * bright + (1 - share) * dark, distance)
 
@@ -284,6 +289,16 @@ def make_shapes(
             # Another process was faster: its tree is as good as ours if the parameters agree.
             if not _is_made(root, stamp):
                 raise
+
+
+def is_drawn(root: Path) -> bool:
+    """Whether built-in data, of whatever size and seed, are at `root`. Raises UserError for those of other drawings."""
+    if not (root / STAMP).is_file():
+        return False
+    drawing = json.loads((root / STAMP).read_text(encoding="utf-8")).get("drawing")
+    if drawing != DRAWING:
+        raise UserError(f"{root} holds built-in data of another version ({drawing}, not {DRAWING}): remove it")
+    return True
 
 
 def _is_made(root: Path, stamp: dict) -> bool:
