@@ -7,19 +7,18 @@ import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import timm
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import GradientAccumulationPlugin, set_seed
+from accelerate.utils import set_seed
 from torch import nn
 
 from common import checkpoints
 from common.config import flatten, to_dict
+from common.devices import make_accelerator, share_batch
 from common.errors import UserError
 from common.logbook import Logbook, replace_file
 from common.metrics import Scores
@@ -65,19 +64,15 @@ class Run(AbstractContextManager):
     def __init__(self, config: Any, script: str) -> None:
         self.config, self.script = config, script
         self.folder = Path(config.run.dir)
-        self.accelerator = _accelerator(config)
+        self.accelerator = make_accelerator(config)
         # What the launcher chose becomes part of the config: evaluation and continuing go by it.
         precision = self.accelerator.mixed_precision
         config.run.precision = "fp32" if precision == "no" else precision
         self._check_folder()
         self.device = self.accelerator.device
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.batch_size = _share(config.optim.batch_size, self.processes, config.optim.accumulation)
-        if self.batch_size == 1 and not self._has_shared_batch_norm:
-            raise UserError(
-                "one image a process and pass is too few for batch norm: raise optim.batch_size, "
-                "or lower optim.accumulation or the number of processes"
-            )
+        optim = config.optim
+        self.batch_size = share_batch(optim.batch_size, self.processes, optim.accumulation, self._has_shared_batch_norm)
         self.step, self.total, self.steps_per_epoch = 0, 0, None
         self.log = Logbook(self.folder / "metrics.jsonl", self.is_main)
         self._best: dict[str, Any] | None = None
@@ -380,39 +375,3 @@ class Run(AbstractContextManager):
         flag = torch.tensor(self._signal)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._cpu_group)
         return int(flag)
-
-
-def _accelerator(config: Any) -> Accelerator:
-    on_cpu = config.run.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    asked = {"fp32": "no", None: None}.get(config.run.precision, config.run.precision)
-    if on_cpu and (asked or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
-        raise UserError("run.precision fp16 needs a GPU; use fp32 or bf16 on the CPU")
-    for tracker in config.run.trackers:
-        if find_spec(tracker) is None:
-            raise UserError(f"run.trackers names {tracker}, which is not installed: pip install {tracker}")
-    if on_cpu:
-        # Launchers set OMP_NUM_THREADS to 1, which would leave all cores but one idle.
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // local))
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision=asked,
-        log_with=config.run.trackers or None,
-        project_dir=config.run.dir,
-        # The streams never end, so the end of a loader must not force a synchronisation.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.optim.accumulation, sync_with_dataloader=False
-        ),
-        # Buffers are kept equal by SyncBatchNorm or `share_statistics`; broadcasting them would undo a step's update.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-
-
-def _share(batch_size: int, processes: int, accumulation: int) -> int:
-    share, rest = divmod(batch_size, processes * accumulation)
-    if rest or share == 0:
-        raise UserError(
-            f"optim.batch_size {batch_size} cannot be divided over {processes} processes x {accumulation} "
-            "accumulation passes; change optim.batch_size, optim.accumulation or the number of processes"
-        )
-    return share

@@ -1,0 +1,62 @@
+"""The Accelerator of a run, and each process's share of the batch."""
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import GradientAccumulationPlugin
+
+from common.errors import UserError
+
+
+def make_accelerator(config: Any) -> Accelerator:
+    """The Accelerator for a config's `run` and `optim` sections, on the devices there are.
+
+    Raises:
+        UserError: fp16 without a GPU, or a tracker that is not installed.
+    """
+    on_cpu = config.run.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    asked = {"fp32": "no", None: None}.get(config.run.precision, config.run.precision)
+    if on_cpu and (asked or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
+        raise UserError("run.precision fp16 needs a GPU; use fp32 or bf16 on the CPU")
+    for tracker in config.run.trackers:
+        if find_spec(tracker) is None:
+            raise UserError(f"run.trackers names {tracker}, which is not installed: pip install {tracker}")
+    if on_cpu:
+        # Launchers set OMP_NUM_THREADS to 1, which would leave all cores but one idle.
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(config.run.threads or max(1, (os.cpu_count() or 1) // local))
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=asked,
+        log_with=config.run.trackers or None,
+        project_dir=config.run.dir,
+        # The streams never end, so the end of a loader must not force a synchronisation.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.optim.accumulation, sync_with_dataloader=False
+        ),
+        # Buffers are kept equal by SyncBatchNorm or `share_statistics`; broadcasting them would undo a step's update.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+
+
+def share_batch(batch_size: int, processes: int, accumulation: int, shared_batch_norm: bool) -> int:
+    """Images of one process in one backward pass.
+
+    Raises:
+        UserError: the batch cannot be divided evenly, or to single images without a batch norm over processes.
+    """
+    share, rest = divmod(batch_size, processes * accumulation)
+    if rest:
+        raise UserError(
+            f"optim.batch_size {batch_size} cannot be divided over {processes} processes x {accumulation} "
+            "accumulation passes; change optim.batch_size, optim.accumulation or the number of processes"
+        )
+    if share == 1 and not shared_batch_norm:
+        raise UserError(
+            "one image a process and pass is too few for batch norm: raise optim.batch_size, "
+            "or lower optim.accumulation or the number of processes"
+        )
+    return share

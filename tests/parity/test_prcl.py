@@ -1,0 +1,304 @@
+"""PRCL against what its released functions returned, file by file.
+
+Every number (classes, thresholds, temperatures, sizes) is read from the file. Departures of ours from the released code
+are named where they are allowed for.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checks import (
+    Golden,
+    check_batch_transform,
+    check_box_statistics,
+    check_boxes,
+    check_class_masks,
+    check_loss,
+    check_miou,
+    check_mix,
+    check_poly,
+    check_supervised,
+    check_teacher,
+    close,
+    close_gradient,
+    read,
+    to_label,
+)
+from networks import conv_geometry, draw_input, fill, prcl_css_keys, read_conv_geometry, read_key_list
+from torch import Tensor
+from torch.testing import assert_close
+
+from common.config import ModelConfig
+from common.datasets.cityscapes import LABEL_ID_TABLE
+from common.datasets.source import UNKNOWN
+from common.losses import IGNORE
+from common.models.deeplab import RATES
+from common.models.weights import deeplab_from_prcl_css, load_state
+from common.schedules import exponential_ramp
+from prcl.losses import (
+    Prototypes,
+    Samples,
+    contrastive_labels,
+    contrastive_loss,
+    mutual_likelihood_score,
+    negative_class_probability,
+    prototypes,
+    sample,
+    unsupervised_loss,
+)
+from prcl.train import Method, PRCLNetwork, ProbabilityHead
+
+
+def test_golden(golden: Path) -> None:
+    adapter_of(golden.name)(golden)
+
+
+def test_every_adapter_has_a_golden_of_our_own() -> None:
+    names = [path.name for path in (Path(__file__).parent / "goldens" / "prcl").iterdir()]
+    assert {prefix for prefix in ADAPTERS if not any(name.startswith(prefix) for name in names)} == set()
+
+
+def adapter_of(name: str) -> Callable[[Path], None]:
+    """The check that belongs to a file name."""
+    for prefix, adapter in ADAPTERS.items():
+        if name.startswith(prefix):
+            return adapter
+    pytest.fail(f"no adapter for {name}: its prefix is none of {', '.join(ADAPTERS)}")
+
+
+# ---- losses
+
+
+def check_unsupervised(path: Path) -> None:
+    g = read(path)
+    logits = g["pred"].requires_grad_()
+    loss = unsupervised_loss(logits, to_label(g["pseudo_label"]), g["conf"], float(g["threshold"]))
+    check_loss(loss, {"pred": logits}, g)
+
+
+def check_label_preparation(path: Path) -> None:
+    g = read(path)
+    labels = to_label(g["label_l"]), to_label(g["label_u"]), g["conf_u"]
+    ours = contrastive_labels(*labels, float(g["weak_threshold"]), tuple(g["mask_all"].shape[-2:]))
+    assert_close(one_hot(ours, int(g["num_classes"])), (g["label_all"] * g["mask_all"]).bool())
+
+
+def one_hot(label: Tensor, num_classes: int) -> Tensor:
+    """[B,h,w], 255 = none -> bool [B,C,h,w]."""
+    return label[:, None] == torch.arange(num_classes).view(-1, 1, 1)
+
+
+def check_score(path: Path) -> None:
+    g = read(path)
+    close(mutual_likelihood_score(g["mu_0"], g["sigma_0"], g["mu_1"], g["sigma_1"]), g["score"])
+
+
+def check_contrastive(path: Path) -> None:
+    g = read(path)
+    torch.manual_seed(0)
+    if "draws" in g:
+        check_mean_of_draws(g)
+    else:
+        check_recorded_choices(g)
+
+
+def check_mean_of_draws(g: Golden) -> None:
+    label, classes = local_label(g), local_prototypes(g)
+    temp, numbers = float(g["temp"]), (int(g["num_queries"]), int(g["num_negatives"]))
+
+    def draw() -> float:
+        samples = sample(label, g["prob"], classes, float(g["strong_threshold"]), temp, *numbers)
+        return float(contrastive_loss(g["mu"], g["sigma"], classes, samples, temp))
+
+    losses = np.array([draw() for _ in range(300)])
+    stderr = losses.std() / np.sqrt(len(losses))
+    assert abs(losses.mean() - float(g["mean"])) < 4 * np.hypot(stderr, float(g["stderr"]))
+    assert losses.std() == pytest.approx(float(g["std"]), rel=0.3)
+
+
+def check_recorded_choices(g: Golden) -> None:
+    temp, classes = float(g["temp"]), local_prototypes(g)
+    inputs = {"mu": g["mu"].requires_grad_(), "sigma": g["sigma"].requires_grad_()}
+    if not g.get("has_graph", True):  # fewer than two classes: 0, there without a graph
+        samples = sample(local_label(g), g["prob"], classes, float(g["strong_threshold"]), temp, 4, 4)
+        nothing = {f"grad_{name}": torch.zeros_like(values) for name, values in inputs.items()}
+        check_loss(contrastive_loss(*inputs.values(), classes, samples, temp), inputs, g | nothing)
+        return
+
+    ids = g["valid_classes"].long()
+    own = Prototypes(classes.mu[ids], classes.sigma[ids], classes.present[ids])
+    assert own.present.all()
+    close(own.mu, g["proto_mu"])
+    close(own.sigma, g["proto_sigma"])
+    chance = negative_class_probability(own, torch.ones(len(ids), dtype=torch.bool), temp)
+    recorded = ~g["neg_class_prob"].isnan()
+    close(chance[recorded], g["neg_class_prob"][recorded])
+    samples = Samples(ids, g["anchor_idx"].long(), g["neg_idx"].long(), g["num_hard"] > 0)
+    check_loss(contrastive_loss(*inputs.values(), classes, samples, temp), inputs, g)
+    # With a second process a class present there alone takes part for us and is left out there: nothing to compare.
+    if "other_mu" not in g:
+        check_draws(g, classes, chance)
+
+
+def check_draws(g: Golden, classes: Prototypes, chance: Tensor) -> None:
+    """Draw so many that every pixel comes: anchors from the hard ones, negatives from all, by chances of classes."""
+    ids, pixels = g["valid_classes"].long(), local_label(g).flatten()
+    queries = 40 * max([1, *g["num_hard"].tolist()])
+    drawn = sample(local_label(g), g["prob"], classes, float(g["strong_threshold"]), float(g["temp"]), queries, 20)
+    assert_close(drawn.classes, ids)
+    assert_close(drawn.used, g["num_hard"] > 0)
+    total = queries * 20
+    for row in drawn.used.nonzero().flatten():
+        anchors, negatives = drawn.anchors[row].unique(), drawn.negatives[row].flatten()
+        assert len(anchors) == g["num_hard"][row]
+        assert (pixels[anchors] == ids[row]).all()
+        frequency = pixels[negatives].bincount(minlength=256)[ids] / total
+        spread = (chance[row] * (1 - chance[row]) / total).sqrt()
+        assert ((frequency - chance[row]).abs() <= 5 * spread + 10 / total).all()
+        seen = pixels[negatives.unique()].bincount(minlength=256)[ids]
+        often = chance[row] * total > 40 * g["num_valid"]
+        assert_close(seen[often], g["num_valid"][often])
+
+
+def local_label(g: Golden, prefix: str = "") -> Tensor:
+    """Classes [B,h,w] of the pixels that take part, 255 for the others."""
+    valid = g[f"{prefix}label_onehot"] * g[f"{prefix}mask"]
+    return valid.argmax(1).masked_fill(valid.sum(1) == 0, IGNORE)
+
+
+def local_prototypes(g: Golden) -> Prototypes:
+    """Of this process, or with a second one where the file has it."""
+    num_classes, others = g["label_onehot"].shape[1], []
+    if "other_mu" in g:
+        label = local_label(g, "other_")
+        prototypes(g["other_mu"], g["other_sigma"], label, num_classes, lambda sums: others.append(sums) or sums)
+    return prototypes(g["mu"], g["sigma"], local_label(g), num_classes, lambda sums: sum(others, sums))
+
+
+# ---- networks
+
+
+def check_network(path: Path) -> None:
+    g = read(path)
+    network = PRCLNetwork(model_config(g), g["rep_shape"][1].item()).eval()
+    segmenter = network.segmenter
+    state = fill(prcl_css_keys(segmenter))
+    load_state(segmenter, deeplab_from_prcl_css(state), path.name, "the segmenter")
+    head = "representation."
+    network.representation.load_state_dict({k.removeprefix(head): v for k, v in state.items() if k.startswith(head)})
+    network.probability.load_state_dict(fill({k: tuple(v.shape) for k, v in network.probability.state_dict().items()}))
+
+    modules = {name: segmenter.encoder[name] for name in ("maxpool", "layer1", "layer2", "layer3", "layer4")}
+    modules |= {"aspp": segmenter.aspp}
+    caught = {}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda _, __, output, name=name: caught.update({name: output}))
+    network.probability.register_forward_pre_hook(lambda _, args: caught.update(feat=args[0]))
+    image = draw_input(int(g["x_seed"]), g["x_shape"].tolist())
+    with torch.no_grad():
+        output = network(image, image)
+
+    same = {"rtol": 1e-3, "atol": 1e-3}
+    for name in ("labeled", "unlabeled"):
+        close(output[name], g["pred"], **same)
+    both = output | {"feat": caught["feat"]}
+    for name, ours in (("rep", "mu"), ("feat", "feat"), ("sigma", "sigma")):
+        for half in both[ours].chunk(2):
+            assert name == "sigma" or list(half.shape) == g[f"{name}_shape"].tolist()
+            close(half[:, ::16], g[f"{name}_sub16"], **same)
+    for name, ours in (
+        ("rep_mean", output["mu"]),
+        ("rep_absmean", output["mu"].abs()),
+        ("sigma_mean", output["sigma"]),
+    ):
+        close(ours.double().mean(), g[name], **same)
+    for name in modules:
+        assert list(caught[name].shape) == g[f"shape_{name}"].tolist()
+        if name != "maxpool":
+            close(caught[name].abs().double().mean(), g[f"{name}_absmean"], **same)
+    close(caught["aspp"][:, ::32], g["aspp_sub32"], **same)
+
+
+def model_config(g: Golden) -> ModelConfig:
+    stem = "deep" if g["shape_maxpool"][1] == 128 else "plain"  # 64 channels
+    return ModelConfig(int(g["num_classes"]), "resnet101", stem, int(g["dilate_scale"]), pretrained=False)
+
+
+def check_key_lists(path: Path) -> None:
+    for name, stem in (("plain", "plain"), ("stem", "deep")):
+        theirs, geometry = read_key_list(path, name), read_conv_geometry(path, name)
+        stride = {rates[0]: stride for stride, rates in RATES.items()}[geometry["ASPP.convs.1.0"][1][0]]
+        model = ModelConfig(theirs["classifier.3.bias"][0], "resnet101", stem, stride, pretrained=False)
+        with torch.device("meta"):
+            segmenter = PRCLNetwork(model, 256).segmenter
+        assert prcl_css_keys(segmenter) == theirs
+        assert conv_geometry(segmenter) == geometry
+    head = ProbabilityHead(304, 256).state_dict()
+    assert {key: tuple(value.shape) for key, value in head.items()} == read_key_list(path, "uncer_head")
+
+
+def check_probability_head(path: Path) -> None:
+    g = read(path)
+    channels, in_channels = g["sd.fc1"].shape
+    head = ProbabilityHead(in_channels, channels)
+    head.load_state_dict({key.removeprefix("sd."): value for key, value in g.items() if key.startswith("sd.")})
+    feature = g["x"].requires_grad_()
+    close(head.eval()(feature), g["out_eval"])
+    output = head.train()(feature)
+    close(output, g["out_train"])
+    output.sum().backward()
+    close_gradient(feature.grad, g["grad_x_train_sum"])
+    for key, value in head.state_dict().items():
+        close(value, g[f"after.{key}"])
+
+
+# ---- schedule, data
+
+
+def check_ramp(path: Path) -> None:
+    """The released setting, which the file does not state and our config has as default, and another one."""
+    g, method = read(path), Method()
+    released = (method.begin_epoch, method.max_epoch, method.max_value, method.min_value)
+    alternative = g["alt_begin_max_maxv_minv"].tolist()
+    for epochs, want, ramp in (
+        (g["epoch"].tolist(), g["value"].tolist(), released),
+        (range(len(g["alt_value"])), g["alt_value"].tolist(), alternative),
+    ):
+        ours = [exponential_ramp(epoch, *ramp, method.ramp_mult) for epoch in epochs]
+        assert ours == pytest.approx(want, rel=0, abs=1e-9)
+
+
+def check_cityscapes(path: Path) -> None:
+    """Only ids that Cityscapes defines: the released map calls all others road, ours void or an error."""
+    g = read(path)
+    ids, mapped = g["ids"].numpy(), g["mapped"].numpy()
+    defined = ids <= 33
+    assert defined.any()
+    np.testing.assert_array_equal(LABEL_ID_TABLE[ids[defined]], mapped[defined])
+    assert np.isin(LABEL_ID_TABLE[ids[~defined]], (IGNORE, UNKNOWN)).all()
+
+
+# The first prefix that fits counts.
+ADAPTERS: dict[str, Callable[[Path], None]] = {
+    "batch_transform_": check_batch_transform,
+    "cityscapes_map": check_cityscapes,
+    "classmix_count": check_class_masks,
+    "cutmix_box_stats": check_box_statistics,
+    "cutmix_boxes": check_boxes,
+    "ema": check_teacher,
+    "label_prep_": check_label_preparation,
+    "miou_": check_miou,
+    "mix_": check_mix,
+    "mls": check_score,
+    "net_keys": check_key_lists,
+    "net_": check_network,
+    "poly_lr": check_poly,
+    "prcl_loss_": check_contrastive,
+    "ramp": check_ramp,
+    "sup_ce_": check_supervised,
+    "uncer_head": check_probability_head,
+    "unsup_": check_unsupervised,
+}
