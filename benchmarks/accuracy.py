@@ -36,6 +36,21 @@ def command(row: dict[str, Any], shared: dict[str, Any], given: dict[str, str], 
     return [row["script"], "--config", row["config"], *flat]
 
 
+def check_same(stored: dict[str, Any], arguments: list[str]) -> None:
+    """A result stands for a row only if it was measured with the row's settings.
+
+    Raises:
+        UserError: they were changed since.
+    """
+    pairs = [f"{key} {value} " for key, value in zip(arguments[1::2], arguments[2::2])]
+    missing = [pair.strip() for pair in pairs if pair not in stored["command"] + " "]
+    if missing:
+        raise UserError(
+            f"row {stored['row']!r}, seed {stored['seed']} was measured without {', '.join(missing)}; "
+            "remove its line from the results to measure it again"
+        )
+
+
 def run_once(name: str, seed: int, arguments: list[str], folder: Path) -> dict[str, Any]:
     """Train, and read the scores from the run's metrics.
 
@@ -91,13 +106,18 @@ def main() -> None:
         table = json.loads(options.table.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"table {options.table} cannot be read: {error}") from None
+    if not all("=" in text for text in options.set):
+        raise UserError(f"--set takes KEY=VALUE, not {' '.join(options.set)}")
     given = dict(text.split("=", 1) for text in options.set)
     path = RESULTS / f"{options.table.stem}.jsonl"
     for name, row in table["rows"].items():
         for seed in options.seeds or table["seeds"]:
-            if options.show or (name, seed) in read_results(path):
-                continue
             folder = Path("runs", "benchmarks", options.table.stem, name.replace(" ", "_"), str(seed))
+            stored = read_results(path).get((name, seed))
+            if stored:
+                check_same(stored, command(row, table.get("set", {}), {}, seed, folder))
+            if stored or options.show:
+                continue
             result = run_once(name, seed, command(row, table.get("set", {}), given, seed, folder), folder)
             with path.open("a") as file:
                 file.write(json.dumps(result) + "\n")

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from common import IGNORE
 from common.config import DataConfig, SharedConfig, flatten, load_config, to_dict
 from common.datasets import Source, open_source
-from common.datasets.source import IGNORE
 from common.datasets.splits import Split, read_split
 from common.errors import UserError
 

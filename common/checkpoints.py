@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
@@ -63,7 +64,7 @@ def write(
         OSError: the disk is full or the folder cannot be written; nothing is left behind.
     """
     final = step_folder(root, meta["step"])
-    temporary = root / f".writing_{final.name}"
+    temporary, replaced = root / f".writing_{final.name}", root / f".replaced_{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -76,13 +77,15 @@ def write(
         for path in temporary.iterdir():
             _sync(path)
         if final.exists():
-            # Renaming over a full folder is impossible: the old one steps aside first.
-            shutil.rmtree(final)
+            final.rename(replaced)  # a folder cannot be renamed over a full one
         temporary.rename(final)
         _sync(root)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    except (SafetensorError, RuntimeError) as error:
+        # How the two writers report a full disk.
+        raise OSError(str(error).splitlines()[0]) from error
+    finally:
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
     return final
 
 
@@ -95,13 +98,14 @@ def point(root: Path, name: str, step: int) -> None:
     _sync(root)
 
 
-def prune(root: Path, keep: int, best: int | None, snapshot_every: int) -> None:
-    """Delete all but the `keep` newest resumable checkpoints and the best; snapshots keep their weights."""
+def prune(root: Path, keep: int, snapshot_every: int) -> None:
+    """Delete all but the `keep` newest resumable checkpoints and those linked to; snapshots keep their weights."""
+    linked = {(root / name).resolve().name for name in ("last", "best")}
     resumable = [step for step in list_steps(root) if (step_folder(root, step) / "state.pt").exists()]
     for step in resumable[:-keep]:
-        if step == best:
-            continue
         folder = step_folder(root, step)
+        if folder.name in linked:
+            continue
         if snapshot_every and step % snapshot_every == 0:
             # meta.json still names the files that go: `read` asks for them only when a run continues.
             for name in RESUME_FILES:

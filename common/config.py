@@ -61,7 +61,9 @@ class ModelConfig:
         stem: `plain` is the 7x7 convolution, `deep` three 3x3 ones (64, 64, 128 channels).
         output_stride: Stride of the last backbone features, 8 or 16.
         channels: Width of ASPP and heads; the papers' is 256.
-        pretrained: ImageNet weights of the backbone: false, true (download by timm) or the path of a local file.
+        rates: Dilations of the ASPP's 3x3 branches; by default those of the output stride.
+        align_corners: How features and logits are enlarged; the papers' is true.
+        pretrained: ImageNet weights of the backbone: false, true or a timm name (downloaded), or a local file.
         num_classes: Number of classes the network predicts.
     """
 
@@ -70,6 +72,8 @@ class ModelConfig:
     stem: Literal["plain", "deep"] = "plain"
     output_stride: Literal[8, 16] = 16
     channels: PositiveInt = 256
+    rates: Optional[tuple[PositiveInt, PositiveInt, PositiveInt]] = None
+    align_corners: bool = True
     pretrained: Union[bool, str] = True
 
 
@@ -103,7 +107,7 @@ class RunConfig:
     Args:
         dir: Run folder; by default runs/<paper>/<config name>. The same command on the same folder continues the run.
         seed: Seed of everything random.
-        steps: Length in optimizer steps (give either steps or epochs; --run.steps replaces epochs).
+        steps: Length in optimizer steps (either steps or epochs; given on the command line one replaces the other).
         epochs: Length in epochs.
         steps_per_epoch: Steps an epoch; by default the paper's rule.
         eval_every: Evaluate after so many steps, and at the end; by default once an epoch, or ten times a run.
@@ -164,8 +168,11 @@ def parse(config_class: type[T], paper: str, argv: list[str] | None = None) -> T
     for path in _given_files(argv):
         _check_keys(config_class, _read_json(path), path)
     config = _parse(parser, config_class, lambda: parser.parse_args(argv))
-    if any(argument.split("=")[0] == "--run.steps" for argument in argv):
+    given = {argument.split("=")[0] for argument in argv} & {"--run.steps", "--run.epochs"}
+    if given == {"--run.steps"}:
         config.run.epochs = None
+    elif given == {"--run.epochs"}:
+        config.run.steps = None
     if config.run.dir is None:
         names = [Path(path).stem for path in _given_files(argv)]
         config.run.dir = str(Path("runs", paper, names[-1] if names else "default"))
@@ -287,9 +294,10 @@ def _check_values(config: Any) -> None:
     for key, value in flatten(to_dict(config)).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key} is {value}; it must be a finite number")
-    low, high = config.data.scale_range
-    if low > high:
-        raise UserError(f"data.scale_range is [{low}, {high}]; the smaller scale comes first")
+    for section in ("data", "method"):
+        low, high = getattr(getattr(config, section), "scale_range", (1, 1))
+        if low > high:
+            raise UserError(f"{section}.scale_range is [{low}, {high}]; the smaller scale comes first")
     if config.run.steps is None and config.run.epochs is None:
         raise UserError("the length of the run is missing: set run.steps or run.epochs")
     if config.run.steps is not None and config.run.epochs is not None:

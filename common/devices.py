@@ -1,12 +1,13 @@
 """The Accelerator of a run, and each process's share of the batch."""
 
 import os
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from common.errors import UserError
 
@@ -38,7 +39,11 @@ def make_accelerator(config: Any) -> Accelerator:
             num_steps=config.optim.accumulation, sync_with_dataloader=False
         ),
         # Buffers are kept equal by SyncBatchNorm or `share_statistics`; broadcasting them would undo a step's update.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        # The other processes wait while one writes a checkpoint or has the larger share of an evaluation.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+        ],
     )
 
 

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def make_teacher(network: nn.Module) -> nn.Module:
@@ -14,4 +15,4 @@ def make_teacher(network: nn.Module) -> nn.Module:
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
     """theta_T = decay * theta_T + (1 - decay) * theta_S, for parameters only: buffers are never copied."""
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - decay)
+    get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)

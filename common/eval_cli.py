@@ -44,6 +44,7 @@ def main_eval(paper: str, config_class: type, argv: Sequence[str] | None = None)
     crop = None if args.sliding is None else (args.sliding, args.sliding)
     protocol = Protocol(crop, tuple(args.scales), args.flip)
     run = find_run(paper, args.run, args.which)
+    _check_paper(paper, run)
     config = load_config(config_class, run / "config.json")
     accelerator = _accelerator(args.devices, config.run.precision, argv)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
@@ -57,7 +58,7 @@ def main_eval(paper: str, config_class: type, argv: Sequence[str] | None = None)
             f"the network of {run} has {config.model.num_classes} classes, "
             f"but {data.dataset} in {data.root} has {len(source.classes)}; give a --config with the same classes"
         )
-    names = read_split(data.split, data.allow_overlap).valid
+    names = read_split(data.split, data.allow_overlap, data.dataset, data.root).valid
     console.print(f"run {run}" + ("" if args.run else f" (the newest of {paper})"))
     console.print(f"{len(names)} images of {data.split}, {accelerator.num_processes} process(es), {accelerator.device}")
     for note in notes:
@@ -77,11 +78,21 @@ def main_eval(paper: str, config_class: type, argv: Sequence[str] | None = None)
         if args.save_pictures:
             mine = names[accelerator.process_index :: accelerator.num_processes]
             samples = sample_predictions(network, source, mine, protocol, accelerator.device)
-            _write_pictures(run / "eval" / "pictures" / target.which, samples, source)
+            _write_pictures(run / "eval" / "pictures" / _file_name(target, protocol), samples, source)
     if len(targets) > 1:
         console.print(_summary(targets, results))
     console.print(f"written to {run / 'eval'}")
     accelerator.end_training()
+
+
+def _check_paper(paper: str, run: Path) -> None:
+    """Refuse a run of another paper by name, rather than by the first key of its config that is not ours."""
+    try:
+        script = json.loads((run / "run.json").read_text())["script"]
+    except (OSError, ValueError, KeyError):
+        return  # copied without it; the config decides
+    if script.split("/")[0] != paper:
+        raise UserError(f"{run} is a run of {script}: evaluate it with {script.split('/')[0]}/eval.py")
 
 
 def parse_devices(text: str, count: int) -> list[int]:
@@ -158,7 +169,9 @@ def launch_command(gpus: list[int], argv: list[str]) -> list[str]:
     # --gpu_ids replaces CUDA_VISIBLE_DEVICES: where that is set, our numbers count within it.
     ids = [visible.split(",")[gpu] if visible else str(gpu) for gpu in gpus]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-    launch += ["--num_processes", str(len(gpus)), "--gpu_ids", ",".join(ids), "--mixed_precision", "no"]
+    # Port 0 takes a free one: the default may belong to a training that still runs.
+    launch += ["--num_processes", str(len(gpus)), "--gpu_ids", ",".join(ids), "--main_process_port", "0"]
+    launch += ["--mixed_precision", "no"]
     launch += ["--dynamo_backend", "no"]
     spec = sys.modules["__main__"].__spec__
     return launch + (["--module", spec.name] if spec else [sys.argv[0]]) + rest
@@ -192,6 +205,13 @@ def _summary(targets: Sequence[Target], results: Sequence[Scores]) -> Table:
     return table
 
 
+def _file_name(target: Target, protocol: Protocol) -> str:
+    """`best`, or with what departs from the usual protocol: `best_sliding96_scales0.75-1_flip`."""
+    sliding = [f"sliding{protocol.crop[0]}"] if protocol.crop else []
+    scales = [] if protocol.scales == (1.0,) else ["scales" + "-".join(f"{scale:g}" for scale in protocol.scales)]
+    return "_".join([target.which, *sliding, *scales, *(["flip"] if protocol.flip else [])])
+
+
 def _write_scores(
     run: Path, target: Target, scores: Scores, classes: Sequence[str], protocol: Protocol, config: str | None
 ) -> None:
@@ -207,7 +227,7 @@ def _write_scores(
         "pixel_accuracy": None if math.isnan(scores.pixel_accuracy) else scores.pixel_accuracy,
         "per_class_iou": per_class,
     }
-    path = run / "eval" / f"{target.which}.json"
+    path = run / "eval" / f"{_file_name(target, protocol)}.json"
     try:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")

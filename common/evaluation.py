@@ -17,11 +17,12 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from common import IGNORE
+from common.datasets.loaders import ignore_signals
 from common.datasets.source import Source
 from common.datasets.splits import Split
 from common.errors import UserError
 from common.inference import Protocol, predict, sum_logits
-from common.losses import IGNORE
 from common.metrics import ConfusionMatrix, Scores
 from common.visual import Sample, panel
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from common.run import Run
 
 PATIENCE = 5.0  # seconds without a word
-PIXELS_AT_ONCE = 2**21
+PIXELS_AT_ONCE = 2**20
 PICTURED = 3  # images of each kind in a panel
 
 
@@ -53,7 +54,7 @@ def evaluate(
         num_classes: C of the network.
         accelerator: Gives device and processes.
         protocol: Window, scales and flip.
-        batch_size: Images of one size that are predicted together, by default as many as make two megapixels. It
+        batch_size: Images of one size that are predicted together, by default as many as make a megapixel. It
             changes speed and memory, not scores.
         workers: Processes that decode images; no more than there are processors.
         bar: Show progress as a bar (where nothing else draws one); otherwise as plain lines if it takes long.
@@ -157,6 +158,7 @@ def _loader(source: Source, batches: list[list[str]], workers: int, device: torc
         batch_sampler=batches,
         num_workers=min(workers, len(batches), os.cpu_count() or 1),
         collate_fn=_collate,
+        worker_init_fn=ignore_signals,
         pin_memory=device.type == "cuda",
         # The workers' seed would be drawn from the global generator, and an evaluation change the training after it.
         generator=torch.Generator(),

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -57,7 +58,7 @@ class Logbook:
         if self._progress:
             self._progress.update(self._task, description=shown)
         else:
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self._total - step)))
+            left = timedelta(seconds=round(seconds * (self._total - step)))
             self.say(f"step {step}/{self._total}  {shown}  left {left}")
         return numbers
 
@@ -67,9 +68,14 @@ class Logbook:
 
     def write(self, line: dict[str, float]) -> None:
         """Append a line to `metrics.jsonl`."""
-        if self._active:
+        if not self._active:
+            return
+        try:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            # A full disk must not end a run of days.
+            self.say(f"warning: {self._path} could not be written ({error.strerror}); going on")
 
     def say(self, text: str) -> None:
         """Print a line."""

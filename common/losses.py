@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-IGNORE = 255
+from common import IGNORE
 
 
 def upsample(logits: torch.Tensor, size: tuple[int, int], align_corners: bool) -> torch.Tensor:

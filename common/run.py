@@ -1,8 +1,10 @@
 """One run: devices, folder, checkpoints and continuing. The script calls it; it never calls the script."""
 
 import json
+import math
 import os
 import signal
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -25,7 +27,9 @@ from common.metrics import Scores
 from common.seeding import derive_seed
 from common.visual import curve
 
-# What may differ when a run is continued: it changes neither weights nor scores.
+# Launchers pass on a signal that the process group got already: only a later one asks to stop at once.
+REPEAT_SECONDS = 2.0
+# What may differ when a run is continued: it changes weights and scores by no more than the order of sums.
 FREE_KEYS = ("run.dir", "run.keep", "run.trackers", "run.threads", "data.workers")
 
 
@@ -111,10 +115,9 @@ class Run(AbstractContextManager):
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move the trained network to the device and wrap it for processes and precision."""
-        network = self._laid_out(network)
-        if self.config.run.compile:
-            network.compile()
-        return self.accelerator.prepare(network, optimizer)
+        wrapped, optimizer = self.accelerator.prepare(self._laid_out(network), optimizer)
+        # The network itself stays as it is: evaluation has another size for every image.
+        return (torch.compile(wrapped) if self.config.run.compile else wrapped), optimizer
 
     def place(self, network: nn.Module) -> nn.Module:
         """Move a network that takes no gradients to the device. Call it under `autocast`."""
@@ -137,19 +140,17 @@ class Run(AbstractContextManager):
                 written.
         """
         self._parts = Parts(model, extra, optimizer)
-        root = self.folder / "checkpoints"
-        for checkpoint in checkpoints.newest(root):
+        damaged = False
+        for checkpoint in checkpoints.newest(self.folder / "checkpoints"):
             if isinstance(checkpoint, str):
+                damaged = True
                 self.log.say(f"warning: {checkpoint}; trying the one before")
                 continue
             self._load(checkpoint)
             self.log.say(f"continuing {self.folder} after step {self.step} of {self.total}")
             break
-        else:
-            if checkpoints.list_steps(root):
-                raise UserError(
-                    f"{root} holds no checkpoint that can be continued; move {self.folder} away to start anew"
-                )
+        if damaged and not self.step:
+            raise UserError(f"{self.folder} holds no checkpoint that is whole; move it away to start anew")
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self._open_folder()
@@ -217,6 +218,11 @@ class Run(AbstractContextManager):
             return
         scalars = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values.values()]
         means = self.accelerator.reduce(torch.stack(scalars).detach(), "mean").tolist()
+        wrong = [name for name, mean in zip(values, means) if not math.isfinite(mean)]
+        if wrong:
+            raise UserError(
+                f"step {self.step}: {', '.join(wrong)} is not finite; lower optim.lr or give another run.precision"
+            )
         numbers = self.log.losses(self.step, dict(zip(values, means)), images)
         if self.config.run.trackers:
             self.accelerator.log(numbers, step=self.step)
@@ -229,7 +235,7 @@ class Run(AbstractContextManager):
     def report(self, scores: Scores) -> None:
         """Write and print the scores of the evaluated network after this step, and remember the best."""
         self._scores = scores
-        best = self._best is None or scores.miou >= self._best["miou"]
+        best = self._best is None or not scores.miou < self._best["miou"]
         if best:
             self._best = {"step": self.step, "miou": scores.miou}
         names = ("miou", "pixel_accuracy", "classes_counted")
@@ -239,7 +245,6 @@ class Run(AbstractContextManager):
             self.accelerator.log(numbers, step=self.step)
         mark = ", the best so far" if best else ""
         self.log.say(f"step {self.step}: mIoU {100 * scores.miou:.2f} over {scores.classes_counted} classes{mark}")
-        self.log.restart_clock(self.step)
 
     def picture_path(self) -> Path:
         """Where the panel of an evaluation after this step goes."""
@@ -254,20 +259,32 @@ class Run(AbstractContextManager):
             self._save(resumable=True)
         elif every and self.step % every == 0:
             self._save(resumable=False)
+        self.log.restart_clock(self.step)
 
     def finish(self) -> None:
         """Draw the curve of the run and say where everything is."""
         if not self.is_main:
             return
         curve(self.folder / "metrics.jsonl", self.folder / "pictures" / "curve.png")
-        best = f"best mIoU {100 * self._best['miou']:.2f} after step {self._best['step']} (chosen on the valid list); "
-        self.log.say(f"{best if self._best else ''}pictures in {self.folder / 'pictures'}")
+        if self._best:
+            miou, step = 100 * self._best["miou"], self._best["step"]
+            self.log.say(f"best mIoU {miou:.2f} after step {step} (chosen on the valid list)")
+        self.log.say(f"pictures in {self.folder / 'pictures'}")
 
     # Inside
 
     def _check_folder(self) -> None:
         """Refuse a folder of another script or config before anything is written."""
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            raise UserError(
+                f"run folder {self.folder} cannot be written: {existing} is not a writable folder; set run.dir"
+            )
         if not (self.folder / "config.json").exists():
+            if checkpoints.list_steps(self.folder / "checkpoints"):
+                raise UserError(
+                    f"{self.folder} holds checkpoints of a run without its config.json; give another run.dir"
+                )
             return
         try:
             script = json.loads((self.folder / "run.json").read_text())["script"]
@@ -348,8 +365,7 @@ class Run(AbstractContextManager):
         checkpoints.point(root, "last", self.step)
         if self._best and self._best["step"] == self.step:
             checkpoints.point(root, "best", self.step)
-        best = self._best["step"] if self._best else None
-        checkpoints.prune(root, self.config.run.keep, best, self.config.run.snapshot_every)
+        checkpoints.prune(root, self.config.run.keep, self.config.run.snapshot_every)
 
     def _meta(self) -> dict[str, Any]:
         text = json.dumps(to_dict(self.config), sort_keys=True)
@@ -363,9 +379,11 @@ class Run(AbstractContextManager):
         }
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signal:
+        now = time.monotonic()
+        if not self._signal:
+            self._signal, self._signal_time = number, now
+        elif now - self._signal_time > REPEAT_SECONDS:
             os._exit(128 + number)
-        self._signal = number
 
     def _agree_on_signal(self) -> int:
         """The signal that any process got, 0 for none: all must stop after the same step."""

@@ -98,10 +98,12 @@ def _target(which: str, folder: Path) -> Target:
 
 def _file_target(which: str) -> Target:
     path = Path(which)
+    if (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
     if path.suffix not in WEIGHT_SUFFIXES:
         raise UserError(
             f"-e {which} is not understood; give best, last, a number, A-B, A-, step:N, "
-            f"or a weight file ({', '.join(WEIGHT_SUFFIXES)})"
+            f"a checkpoint folder, or a weight file ({', '.join(WEIGHT_SUFFIXES)})"
         )
     if not path.is_file():
         raise UserError(f"-e {which}: there is no such file")

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from common import IGNORE
 from common.errors import UserError
 
-IGNORE = 255
 IGNORE_COLOUR = (255, 255, 255)
 PAGE, INK, FAINT = (240, 240, 243), (30, 30, 35), (115, 115, 125)
 TILE = 256  # width of a picture in a panel, pixels

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.losses import IGNORE
+from common import IGNORE
 
 # Elements of the [anchors, negatives, dimensions] block that is scored at once: it stays in a CPU's cache; a GPU wants
 # more to do at a time.
@@ -160,7 +160,8 @@ def sample(
     chance = negative_class_probability(subset, count > 0, temp)
     anchors = _pick(hard_order, hard_start[:, None], hard_count[:, None], (n, num_queries))
     drawn = torch.rand(n, num_queries * num_negatives, device=label.device)
-    other = torch.searchsorted(chance.cumsum(1), drawn).clamp(max=max(n - 1, 0))
+    drawn = drawn * chance.sum(1, keepdim=True)
+    other = torch.searchsorted(chance.cumsum(1), drawn, right=True).clamp(max=max(n - 1, 0))
     negatives = _pick(order, start[other], count[other], tuple(other.shape)).view(n, num_queries, num_negatives)
     used = (hard_count > 0) & (chance.sum(1) > 0)
     return Samples(present, anchors, negatives, used)

@@ -282,7 +282,8 @@ def train(config: Config, run: Run) -> None:
             optimizer.step()
             optimizer.zero_grad()
         with record_function("teacher update"):
-            update_teacher(teacher, network.segmenter, ema_decay(step, method.alpha))
+            if not optimizer.step_was_skipped:  # fp16 skips a step whose gradients overflow
+                update_teacher(teacher, network.segmenter, ema_decay(step, method.alpha))
             run.share_statistics(network, teacher)
 
         run.finish_step(
@@ -299,7 +300,8 @@ def train(config: Config, run: Run) -> None:
             images=2 * optim.batch_size,
         )
         if run.evaluates:
-            run.report(evaluate(teacher, source, split.valid, config.model.num_classes, run.accelerator))
+            classes, workers = config.model.num_classes, config.data.workers
+            run.report(evaluate(teacher, source, split.valid, classes, run.accelerator, workers=workers))
             save_panel(teacher, source, split, run, threshold=method.un_threshold)
         run.save()
     run.finish()

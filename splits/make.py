@@ -31,6 +31,8 @@ from common.datasets.splits import (
 )
 from common.errors import UserError, told
 
+METHOD_HELP = "class-covering by default for the built-in data, else random"
+
 
 @told
 def main(argv: Sequence[str] | None = None) -> None:
@@ -39,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = open_source(DataConfig(args.dataset, args.data_root, split="", **folder_only))
     names = candidates(source)
     count = _count(args.labels, len(names))
-    if args.method == "random":
+    method = args.method or ("class-covering" if args.dataset == "shapes" else "random")
+    if method == "random":
         labeled = choose_random(names, count, args.seed)
-    elif args.method == "class-covering":
+    elif method == "class-covering":
         labeled = choose_class_covering(source, names, count, args.seed)
     else:
         labeled = choose_every(names, _step(args.labels, len(names)))
@@ -62,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="the split is written to OUT/<labels>/<seed>")
-    parser.add_argument("--method", choices=("random", "class-covering", "every-rth"), default="random")
+    parser.add_argument("--method", choices=("random", "class-covering", "every-rth"), help=METHOD_HELP)
     parser.add_argument("--image-dir", default=DataConfig.image_dir, help="of --dataset folder, as data.image_dir")
     parser.add_argument("--label-dir", default=DataConfig.label_dir, help="of --dataset folder, as data.label_dir")
     parser.add_argument("--classes", default=DataConfig.classes, help="of --dataset folder, as data.classes")

@@ -82,7 +82,8 @@ def train(config: Config, run: Run) -> None:
 
         run.finish_step({"loss": loss, "lr": optimizer.param_groups[0]["lr"]}, images=optim.batch_size)
         if run.evaluates:
-            run.report(evaluate(network, source, split.valid, config.model.num_classes, run.accelerator))
+            classes, workers = config.model.num_classes, config.data.workers
+            run.report(evaluate(network, source, split.valid, classes, run.accelerator, workers=workers))
             save_panel(network, source, split, run)
         run.save()
     run.finish()

@@ -13,7 +13,7 @@ PAPERS = ("prcl", "supervised")
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--realdata", default=None, help="Folder with real data; tests on it are skipped without.")
-    parser.addoption("--goldens", default=None, help="Folder <paper>/<file>.npz to compare with, besides our own.")
+    parser.addoption("--goldens", default=None, help="Folder <paper>/<file>.npz to compare with in place of our own.")
 
 
 @pytest.fixture(autouse=True)

@@ -92,8 +92,10 @@ def test_lists_of_other_repositories_are_told_apart(tmp_path):
 
 def test_missing_and_empty_lists_are_told(tmp_path):
     folder = tmp_path / "splits" / "662" / "3"
-    with pytest.raises(UserError, match=rf"make\.py .*--labels 662 --seed 3 --out {tmp_path}/splits\n.*published"):
-        read_split(folder)
+    with pytest.raises(
+        UserError, match=rf"published.*\n.*voc --data-root there --labels 662 --seed 3 --out {tmp_path}"
+    ):
+        read_split(folder, dataset="voc", root="there")
     with pytest.raises(UserError, match="--labels N --seed SEED --out SPLITS"):
         read_split(tmp_path / "any")
     with pytest.raises(UserError, match=r"labeled_filename\.txt is empty"):

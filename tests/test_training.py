@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,9 +92,9 @@ def test_a_run_stopped_by_a_signal_continues_to_the_same_bits(paper, tiny, tmp_p
     whole = tiny(paper, "--run.dir", str(tmp_path / "whole"), "--run.steps", "8")
     stopped = tiny(paper, "--run.dir", str(tmp_path / "stopped"), "--run.steps", "8", "--run.save_every", "8")
     whole += ["--run.save_every", "8"]
-    process = spawn(paper, stopped)
+    process = spawn(paper, [*stopped, "--data.workers", "1"], start_new_session=True)
     wait_for(tmp_path / "stopped" / "metrics.jsonl", '"step": 2')
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a cluster does: the loader's workers get it too
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "stopped after step" in output
@@ -133,6 +135,40 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(t
     assert metrics(tmp_path / "run") == expected[1]
 
 
+def limit_file_size() -> None:
+    """What a full disk looks like: files of more than 100 kB cannot be written."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(tiny, tmp_path):
+    process = spawn("supervised", tiny("supervised"), preexec_fn=limit_file_size)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "warning: no checkpoint of step 2" in output
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert metrics(tmp_path / "run")[-1]["step"] == 6
+    train("supervised", tiny("supervised"))
+    assert (tmp_path / "run" / "checkpoints" / "best").exists()
+
+
+def test_labels_of_unlabeled_images_need_not_exist(shapes_root, tiny, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(shapes_root, root)
+    # The split is made on first use, so the labels go after a first run.
+    arguments = tiny("prcl", "--data.root", str(root), "--data.split", str(root / "splits" / "6" / "0"))
+    train("prcl", [*arguments, "--run.dir", str(tmp_path / "first")])
+    for name in (root / "splits" / "6" / "0" / "unlabeled_filename.txt").read_text().split():
+        (root / "SegmentationClassAug" / f"{name}.png").unlink()
+    train("prcl", arguments)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "first")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny, capsys):
+    message = refused("supervised", tiny("supervised", "--optim.lr", "1e30"), capsys)
+    assert "loss is not finite" in message
+
+
 def refused(paper: str, arguments: list[str], capsys) -> str:
     with pytest.raises(SystemExit) as stop:
         train(paper, arguments)
@@ -163,6 +199,10 @@ def test_a_folder_of_another_config_or_script_is_refused_and_left_alone(tiny, tm
         (["--model.num_classes", "5"], "model.num_classes is 5"),
         (["--model.backbone", "resnet19"], "resnet19"),
         (["--model.pretrained", "nowhere.pth"], "nowhere.pth"),
+        (["--model.pretrained", "resnet50.a1_in1k"], "not of model.backbone resnet18"),
+        (["--method.fully_labeled", "maybe"], "method.fully_labeled"),
+        (["--data.scale_range", "[2, 1]"], "data.scale_range"),
+        (["--run.dir", "/proc/nowhere"], "cannot be written"),
         (["--run.precision", "fp16"], "fp16"),
         (["--optim.accumulation", "3"], "optim.batch_size 2 cannot be divided"),
         (["--optim.accumulation", "2"], "too few for batch norm"),

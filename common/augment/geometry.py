@@ -11,7 +11,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-IGNORE = 255
+from common import IGNORE
 
 Maps = tuple[Tensor, Tensor | None, Tensor | None]
 

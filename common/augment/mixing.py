@@ -11,10 +11,10 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
+from common import IGNORE
 from common.augment.photometric import imagenet_statistics
 from common.errors import UserError
 
-IGNORE = 255
 MODES = ("none", "cutout", "cutmix", "classmix")
 
 

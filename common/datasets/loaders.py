@@ -5,7 +5,8 @@ takes positions k*B to k*B + B - 1; a process takes its share of them. The rando
 position.
 """
 
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -49,6 +50,11 @@ class Batch:
     label: torch.Tensor | None
     names: list[str]
     positions: list[int]
+
+    def pin_memory(self) -> "Batch":
+        """What a loader calls for a GPU: copies from page-locked memory do not wait."""
+        label = None if self.label is None else self.label.pin_memory()
+        return replace(self, image=self.image.pin_memory(), label=label)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; labels become int64 there."""
@@ -94,6 +100,9 @@ class TrainingImages(Dataset):
         seed: Seed of the run.
         stream: `labeled`, `unlabeled`, ...: streams draw independent random numbers.
         with_label: Whether label files are read; those of unlabeled images never are.
+
+    Raises:
+        UserError: the list is empty, or an image, or a label that will be read, is missing (the first one is named).
     """
 
     def __init__(
@@ -101,6 +110,9 @@ class TrainingImages(Dataset):
     ) -> None:
         self.source, self.names, self.transform = source, names, transform
         self.seed, self.stream, self.with_label = seed, stream, with_label
+        if not names:
+            raise UserError(f"the {stream} list is empty: there is nothing to train on")
+        check_files(source, names, with_label)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -170,6 +182,7 @@ class StepBatches:
             batch_sampler=sampler,
             num_workers=workers,
             collate_fn=_collate,
+            worker_init_fn=ignore_signals,
             pin_memory=run.device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )
@@ -189,23 +202,44 @@ def open_data(config: Any, accelerator: Accelerator) -> tuple[Source, Split]:
     """The reader and the lists of a script's config, checked before training.
 
     Raises:
-        UserError: no such tree or list, a list that is empty, classes that do not match `model.num_classes`, an image
-            or a label of a labeled image that is missing (the first one is named).
+        UserError: no such tree or list, a list that is empty, classes that do not match `model.num_classes`, a missing
+            image or label for validation (the first one is named).
     """
     data = config.data
     with accelerator.main_process_first():  # the built-in data are made by one process
         source = open_source(data)
-        split = read_split(data.split, data.allow_overlap)
+        split = read_split(data.split, data.allow_overlap, data.dataset, data.root)
     if len(source.classes) != config.model.num_classes:
         raise UserError(
             f"model.num_classes is {config.model.num_classes}, but {data.root} has {len(source.classes)} classes "
             f"({', '.join(source.classes[:4])}, ...)"
         )
-    for name in split.labeled + split.valid:
-        source.label_path(name)
-    for name in split.labeled + split.unlabeled + split.valid:
-        source.image_path(name)
+    seen = sorted(set(split.valid) & {*split.labeled, *split.unlabeled})
+    if seen and not data.allow_overlap:
+        raise UserError(
+            f"{data.split}: {len(seen)} validation images are also trained on, {seen[0]} for one: "
+            "mend the lists, or accept it with data.allow_overlap"
+        )
+    check_files(source, split.valid, with_label=True)
     return source, split
+
+
+def check_files(source: Source, names: Sequence[str], with_label: bool) -> None:
+    """Make sure before training that every image, and with `with_label` every label, is there.
+
+    Raises:
+        UserError: naming the first file that is missing.
+    """
+    for name in names:
+        source.image_path(name)
+        if with_label:
+            source.label_path(name)
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a loader's worker live through the signals that a whole process group gets: the training process stops it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @lru_cache(maxsize=4)

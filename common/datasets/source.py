@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common import IGNORE
 from common.errors import UserError
 
-IGNORE = 255
 # What a table of label values says of a value it does not know. Never a class: a dataset has fewer than 254 of them.
 UNKNOWN = 254
 
@@ -147,7 +147,10 @@ def no_layout(dataset: str, root: Path, wanted: Iterable[str]) -> UserError:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a list that are not blank, without spaces and carriage returns around them."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"list {path} cannot be read as text: {error}") from None
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.datasets.source import IGNORE, Source, read_lines
+from common import IGNORE
+from common.datasets.source import Source, read_lines
 from common.errors import UserError
 
 
@@ -28,12 +29,14 @@ class Split:
     valid: list[str]
 
 
-def read_split(folder: str | Path, allow_overlap: bool = False) -> Split:
+def read_split(folder: str | Path, allow_overlap: bool = False, dataset: str = "DATASET", root: str = "ROOT") -> Split:
     """Read a split.
 
     Args:
         folder: holds {labeled,unlabeled,valid}_filename.txt.
         allow_overlap: accept images that are labeled and unlabeled; labels of the unlabeled list are never opened.
+        dataset: kind of the dataset, and
+        root: its folder, for the command that is told when the split is missing.
 
     Raises UserError for a missing or empty list (an empty unlabeled one is accepted), a line that is no id, an id that
     is twice in a list, and labeled images in the unlabeled list.
@@ -41,7 +44,7 @@ def read_split(folder: str | Path, allow_overlap: bool = False) -> Split:
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(
-            f"no split {folder}: make it with\n  {_command(folder)}\nor point data.split at published lists"
+            f"no split {folder}: point data.split at published lists, or make it:\n  {_command(folder, dataset, root)}"
         )
     split = Split(*(_read_list(_list_path(folder, kind)) for kind in ("labeled", "unlabeled", "valid")))
     for kind in ("labeled", "valid"):
@@ -64,7 +67,10 @@ def write_split(folder: str | Path, split: Split) -> None:
     folder = Path(folder).expanduser()
     if _holds(folder, split):
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"split {folder} cannot be written: {error.strerror}") from None
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
         made = Path(workshop) / "split"
         made.mkdir()
@@ -186,10 +192,10 @@ def _holds(folder: Path, split: Split) -> bool:
     return True
 
 
-def _command(folder: Path) -> str:
+def _command(folder: Path, dataset: str, root: str) -> str:
     """The command that makes the split, as far as its folder tells."""
     labels, seed = folder.parent.name, folder.name
     if not (labels.isdigit() and seed.isdigit()):
         labels, seed = "N", "SEED"
     out = folder.parent.parent if labels != "N" else "SPLITS"
-    return f"python splits/make.py --dataset DATASET --data-root ROOT --labels {labels} --seed {seed} --out {out}"
+    return f"python splits/make.py --dataset {dataset} --data-root {root} --labels {labels} --seed {seed} --out {out}"

@@ -1,5 +1,6 @@
 """DeepLabV3+ (Chen et al., 2018) as PRCL and CSS have it."""
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,13 +49,13 @@ class DeepLabV3Plus(nn.Module):
         output_stride: 16 (ASPP rates 6, 12, 18; PRCL) or 8 (12, 24, 36; CSS). With the deep stem the features have
             stride 8 in both cases and the value chooses dilations and rates only.
         channels: Width of ASPP and heads; the papers' is 256.
-        download: Start the backbone from timm's ImageNet weights.
+        rates: Dilations of the ASPP's 3x3 branches; None takes those of the output stride.
+        align_corners: How features and logits are enlarged.
+        download: Start the backbone from ImageNet weights: True, or a timm name.
 
     Raises:
         UserError: see `build_resnet`.
     """
-
-    align_corners = True  # how the papers enlarge features and logits
 
     def __init__(
         self,
@@ -63,12 +64,15 @@ class DeepLabV3Plus(nn.Module):
         stem: str = "plain",
         output_stride: int = 16,
         channels: int = 256,
-        download: bool = False,
+        rates: tuple[int, int, int] | None = None,
+        align_corners: bool = True,
+        download: bool | str = False,
     ) -> None:
         super().__init__()
+        self.align_corners = align_corners
         self.encoder = build_resnet(backbone, stem, output_stride, download)
         low_channels, high_channels = self.encoder.feature_info.channels()
-        self.aspp = ASPP(high_channels, RATES[output_stride], channels)
+        self.aspp = ASPP(high_channels, rates or RATES[output_stride], channels)
         self.low = conv_bn_relu(low_channels, LOW_CHANNELS, 1)
         self.channels, self.feature_channels = channels, LOW_CHANNELS + channels
         self.classifier = conv_head(self.feature_channels, channels, num_classes)
@@ -99,15 +103,18 @@ def build_network(model: ModelConfig) -> DeepLabV3Plus:
     Raises:
         UserError: a value the network does not know; ImageNet weights that cannot be downloaded, read or do not fit.
     """
+    is_timm_name = isinstance(model.pretrained, str) and timm.is_model_pretrained(model.pretrained)
     network = DeepLabV3Plus(
         model.backbone,
         model.num_classes,
         model.stem,
         model.output_stride,
         model.channels,
-        download=model.pretrained is True,
+        model.rates,
+        model.align_corners,
+        download=model.pretrained if is_timm_name else model.pretrained is True,
     )
-    if isinstance(model.pretrained, str):
+    if isinstance(model.pretrained, str) and not is_timm_name:
         target = f"{model.backbone} with the {model.stem} stem"
         load_state(network.encoder, read_backbone(model.pretrained), f"model.pretrained {model.pretrained}", target)
     return network

@@ -37,7 +37,9 @@ GEOMETRIES = {
 }
 
 
-def build_resnet(backbone: str, stem: str = "plain", output_stride: int = 16, download: bool = False) -> nn.Module:
+def build_resnet(
+    backbone: str, stem: str = "plain", output_stride: int = 16, download: bool | str = False
+) -> nn.Module:
     """A ResNet without its classifier, randomly initialised (timm's Kaiming rule) or with timm's ImageNet weights.
 
     `forward(image [B,3,H,W])` returns `[low, high]`: layer1's output at stride 4 and layer4's at stride 16 or 8.
@@ -48,7 +50,8 @@ def build_resnet(backbone: str, stem: str = "plain", output_stride: int = 16, do
         backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
         stem: `plain`, one 7x7 convolution, or `deep`, three 3x3 ones with 64, 64 and 128 channels (PSPNet's).
         output_stride: 16 or 8; see `GEOMETRIES`.
-        download: Fetch ImageNet weights: torchvision's first ones, which the papers start from; for `deep`, Gluon's.
+        download: Fetch ImageNet weights: those of a timm name (`resnet101.a1h_in1k`), or with True torchvision's first
+            ones, which the papers start from; for `deep`, Gluon's.
 
     Raises:
         UserError: unknown backbone, stem or stride; weights that do not exist or cannot be downloaded.
@@ -64,7 +67,9 @@ def build_resnet(backbone: str, stem: str = "plain", output_stride: int = 16, do
     deep = {"stem_type": "deep", "stem_width": 64} if stem == "deep" else {}
     options = {"features_only": True, "out_indices": (1, 4), "output_stride": geometry.stride} | deep
     network = (
-        _download(backbone, stem, options) if download else timm.create_model(backbone, pretrained=False, **options)
+        _download(backbone, stem, download, options)
+        if download
+        else timm.create_model(backbone, pretrained=False, **options)
     )
     network["maxpool"].ceil_mode = geometry.ceil_mode
     for stage, dilation in geometry.dilation.items():
@@ -72,8 +77,11 @@ def build_resnet(backbone: str, stem: str = "plain", output_stride: int = 16, do
     return network
 
 
-def _download(backbone: str, stem: str, options: dict) -> nn.Module:
-    name = f"{backbone}.tv_in1k" if stem == "plain" else f"{backbone}s.gluon_in1k"
+def _download(backbone: str, stem: str, given: bool | str, options: dict) -> nn.Module:
+    usual = f"{backbone}.tv_in1k" if stem == "plain" else f"{backbone}s.gluon_in1k"
+    name = given if isinstance(given, str) else usual
+    if not name.startswith(backbone):
+        raise UserError(f"model.pretrained {name} is not of model.backbone {backbone}")
     if not timm.is_model_pretrained(name):
         raise UserError(
             f"there are no ImageNet weights to download for {backbone} with model.stem {stem!r}; "

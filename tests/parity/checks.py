@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from common import IGNORE
 from common.augment import (
     Geometry,
     Photometric,
@@ -26,7 +27,7 @@ from common.augment import (
 )
 from common.augment.photometric import IMAGENET_MEAN, IMAGENET_STD
 from common.ema import make_teacher, update_teacher
-from common.losses import IGNORE, cross_entropy
+from common.losses import cross_entropy
 from common.metrics import ConfusionMatrix
 from common.schedules import ema_decay, poly, set_lr
 

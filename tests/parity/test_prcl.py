@@ -31,10 +31,10 @@ from networks import conv_geometry, draw_input, fill, prcl_css_keys, read_conv_g
 from torch import Tensor
 from torch.testing import assert_close
 
+from common import IGNORE
 from common.config import ModelConfig
 from common.datasets.cityscapes import LABEL_ID_TABLE
 from common.datasets.source import UNKNOWN
-from common.losses import IGNORE
 from common.models.deeplab import RATES
 from common.models.weights import deeplab_from_prcl_css, load_state
 from common.schedules import exponential_ramp
