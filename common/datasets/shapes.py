@@ -10,7 +10,6 @@ Everything is drawn with signed distances (in pixels, negative inside an outline
 label follow from the same number.
 """
 
-import argparse
 import colorsys
 import json
 import os
@@ -27,7 +26,7 @@ from PIL import Image, ImageFilter
 from common import IGNORE
 from common.datasets import cityscapes
 from common.datasets.source import voc_palette
-from common.errors import UserError, told
+from common.errors import UserError
 
 Layout = Literal["voc", "cityscapes", "gta5"]
 Domain = Literal["a", "b"]
@@ -367,19 +366,3 @@ def _to_label_ids(label: np.ndarray) -> np.ndarray:
     table = np.zeros(256, np.uint8)
     table[: len(CLASSES)] = cityscapes.LABEL_IDS[: len(CLASSES)]
     return table[label]
-
-
-def main() -> None:
-    """`python -m common.datasets.shapes ROOT [--layout voc|cityscapes|gta5] [--domain a|b] ...`."""
-    parser = argparse.ArgumentParser(description="Draw the built-in data.")
-    parser.add_argument("root", type=Path)
-    parser.add_argument("--layout", choices=sorted(WRITERS), default="voc")
-    parser.add_argument("--domain", choices=sorted(LOOKS), default="a")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    make_shapes(args.root, args.layout, seed=args.seed, domain=args.domain)
-    print(f"{args.root}: built-in data, {args.layout} layout, domain {args.domain}, seed {args.seed}")
-
-
-if __name__ == "__main__":
-    told(main)()
