@@ -1,4 +1,4 @@
-"""Draw the built-in data: `python -m common.draw_shapes ROOT [--layout voc|cityscapes|gta5] [--domain a|b] [--seed N]`."""
+"""Draw the built-in data: `python -m common.draw_shapes ROOT [--layout LAYOUT] [--domain DOMAIN] [--seed N]`."""
 
 import argparse
 from pathlib import Path
