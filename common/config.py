@@ -162,7 +162,7 @@ def parse(config_class: type[T], paper: str, argv: list[str] | None = None) -> T
         UserError: unknown key (the nearest one is named), wrong type, impossible value, unreadable file.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = ArgumentParser(prog=f"{paper}/train.py", exit_on_error=False, parser_mode="json")
+    parser = ArgumentParser(prog=f"{paper}/train.py", exit_on_error=False, allow_abbrev=False, parser_mode="json")
     parser.add_argument("--config", action=ActionConfigFile, help="JSON file with the config.")
     parser.add_class_arguments(config_class)
     for path in _given_files(argv):

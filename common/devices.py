@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from common.errors import UserError
@@ -38,12 +38,8 @@ def make_accelerator(config: Any) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.optim.accumulation, sync_with_dataloader=False
         ),
-        # Buffers are kept equal by SyncBatchNorm or `share_statistics`; broadcasting them would undo a step's update.
         # The other processes wait while one writes a checkpoint or has the larger share of an evaluation.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
     )
 
 

@@ -22,15 +22,14 @@ from common import checkpoints
 from common.config import flatten, to_dict
 from common.devices import make_accelerator, share_batch
 from common.errors import UserError
-from common.logbook import Logbook, replace_file
+from common.folder import check_folder, open_folder
+from common.logbook import Logbook
 from common.metrics import Scores
 from common.seeding import derive_seed
 from common.visual import curve
 
 # Launchers pass on a signal that the process group got already: only a later one asks to stop at once.
 REPEAT_SECONDS = 2.0
-# What may differ when a run is continued: it changes weights and scores by no more than the order of sums.
-FREE_KEYS = ("run.dir", "run.keep", "run.trackers", "run.threads", "data.workers")
 
 
 class Stopped(SystemExit):
@@ -72,7 +71,7 @@ class Run(AbstractContextManager):
         # What the launcher chose becomes part of the config: evaluation and continuing go by it.
         precision = self.accelerator.mixed_precision
         config.run.precision = "fp32" if precision == "no" else precision
-        self._check_folder()
+        check_folder(self.folder, script, config)
         self.device = self.accelerator.device
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         optim = config.optim
@@ -116,7 +115,10 @@ class Run(AbstractContextManager):
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move the trained network to the device and wrap it for processes and precision."""
         wrapped, optimizer = self.accelerator.prepare(self._laid_out(network), optimizer)
-        # The network itself stays as it is: evaluation has another size for every image.
+        if self.processes > 1:
+            # SyncBatchNorm or `share_statistics` keep buffers equal; broadcasting them would undo a step's update.
+            wrapped.broadcast_buffers = False
+        # The network itself is not compiled: evaluation has another size for every image.
         return (torch.compile(wrapped) if self.config.run.compile else wrapped), optimizer
 
     def place(self, network: nn.Module) -> nn.Module:
@@ -153,7 +155,8 @@ class Run(AbstractContextManager):
             raise UserError(f"{self.folder} holds no checkpoint that is whole; move it away to start anew")
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            self._open_folder()
+            open_folder(self.folder, self.script, self.config)
+            self.log.cut(self.step)
         self.accelerator.wait_for_everyone()
         if self.config.run.trackers:
             plain = {key: str(value) for key, value in flatten(to_dict(self.config)).items()}
@@ -272,45 +275,6 @@ class Run(AbstractContextManager):
         self.log.say(f"pictures in {self.folder / 'pictures'}")
 
     # Inside
-
-    def _check_folder(self) -> None:
-        """Refuse a folder of another script or config before anything is written."""
-        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK)):
-            raise UserError(
-                f"run folder {self.folder} cannot be written: {existing} is not a writable folder; set run.dir"
-            )
-        if not (self.folder / "config.json").exists():
-            if checkpoints.list_steps(self.folder / "checkpoints"):
-                raise UserError(
-                    f"{self.folder} holds checkpoints of a run without its config.json; give another run.dir"
-                )
-            return
-        try:
-            script = json.loads((self.folder / "run.json").read_text())["script"]
-            old = flatten(json.loads((self.folder / "config.json").read_text()))
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"{self.folder} is not a whole run folder; move it away or give another run.dir") from None
-        if script != self.script:
-            raise UserError(f"{self.folder} is a run of {script}; give another run.dir")
-        new = flatten(to_dict(self.config))
-        differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        changes = [f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differ if key not in FREE_KEYS]
-        if changes:
-            raise UserError(
-                f"{self.folder} was started with another config: {', '.join(changes)}.\n"
-                "Give another run.dir, or the old values to continue it."
-            )
-
-    def _open_folder(self) -> None:
-        try:
-            for name in ("checkpoints", "pictures", "eval"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            replace_file(self.folder / "run.json", json.dumps({"script": self.script}) + "\n")
-            replace_file(self.folder / "config.json", json.dumps(to_dict(self.config), indent=2) + "\n")
-            self.log.cut(self.step)
-        except OSError as error:
-            raise UserError(f"run folder {self.folder} cannot be written: {error.strerror}; set run.dir") from None
 
     @property
     def _has_shared_batch_norm(self) -> bool:
