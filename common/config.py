@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -252,7 +253,8 @@ def _plain(message: str, parser: ArgumentParser) -> str:
         return f"unknown argument {key}{_nearest(key, known)}"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Subtypes", "Errors", "Given value type", "Does not"))]
-    return "; ".join(told)
+    text = re.sub(r'^Parser key "([^"]+)":;? ?', r"\1: ", "; ".join(told))
+    return re.sub(r"<class '([\w.]+)'>", r"\1", text)
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:

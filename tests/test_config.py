@@ -65,6 +65,7 @@ def changed(section: str, key: str, value) -> dict:
         (changed("data", "crop_size", [64]), r"data\.crop_size"),
         (changed("data", "dataset", "ade20k"), r"data\.dataset.*ade20k"),
         (changed("data", "scale_range", [2.0, 1.0]), r"data\.scale_range"),
+        (changed("run", "trackers", "tensorboard"), r"^run\.trackers: Expected a list"),
         (changed("run", "steps", 5), r"both run\.steps and run\.epochs"),
         (VALID | {"run": {}}, r"set run\.steps or run\.epochs"),
         ("{not json", "is not JSON"),

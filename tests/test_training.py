@@ -164,6 +164,12 @@ def test_labels_of_unlabeled_images_need_not_exist(shapes_root, tiny, tmp_path):
     assert metrics(tmp_path / "run") == metrics(tmp_path / "first")
 
 
+def test_tensorboard_gets_the_log(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    train("supervised", tiny("supervised", "--run.trackers", '["tensorboard"]'))
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tiny, capsys):
     message = refused("supervised", tiny("supervised", "--optim.lr", "1e30"), capsys)
     assert "loss is not finite" in message
