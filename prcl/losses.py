@@ -14,7 +14,7 @@ from common import IGNORE
 
 # Elements of the [anchors, negatives, dimensions] block that is scored at once: it stays in a CPU's cache; a GPU wants
 # more to do at a time.
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 25}
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
 @dataclass
@@ -209,7 +209,7 @@ class _AnchorLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mu, sigma, all_mu, all_sigma, proto_mu, proto_sigma, negatives, temp):
         rows, dims = mu.shape
-        block = max(1, BLOCK_ELEMENTS.get(mu.device.type, 1 << 18) // (negatives.shape[1] * dims))
+        block = max(1, BLOCK_ELEMENTS.get(mu.device.type, BLOCK_ELEMENTS["cpu"]) // (negatives.shape[1] * dims))
         losses = mu.new_empty(rows)
         grad_mu, grad_sigma = torch.empty_like(mu), torch.empty_like(sigma)
         for first in range(0, rows, block):
