@@ -33,7 +33,7 @@ class Logbook:
     def start(self, step: int, total: int) -> None:
         """Begin to show progress from `step` on."""
         self._total = total
-        self._clock = (time.perf_counter(), step)
+        self._clock = self._begin = (time.perf_counter(), step)
         if self._active and self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
@@ -58,7 +58,9 @@ class Logbook:
         if self._progress:
             self._progress.update(self._task, description=shown)
         else:
-            left = timedelta(seconds=round(seconds * (self._total - step)))
+            # Over the whole time since the start, evaluations included: a slow moment must not shake it.
+            begun, first = self._begin
+            left = timedelta(seconds=round((now - begun) / max(step - first, 1) * (self._total - step)))
             self.say(f"step {step}/{self._total}  {shown}  left {left}")
         return numbers
 
