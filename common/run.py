@@ -238,7 +238,7 @@ class Run(AbstractContextManager):
     def report(self, scores: Scores) -> None:
         """Write and print the scores of the evaluated network after this step, and remember the best."""
         self._scores = scores
-        best = self._best is None or not scores.miou < self._best["miou"]
+        best = self._best is None or math.isnan(self._best["miou"]) or scores.miou >= self._best["miou"]
         if best:
             self._best = {"step": self.step, "miou": scores.miou}
         names = ("miou", "pixel_accuracy", "classes_counted")

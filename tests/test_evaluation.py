@@ -301,10 +301,8 @@ def test_a_weight_file_by_another_protocol(run, tmp_path, capsys):
     torch.save(weights(run, 20), tmp_path / "mine.pth")
     arguments = ["--flip", "--scales", "0.5", "1", "--sliding", "16", "-d", "cpu"]
     main_eval("toy", Config, [str(run), "-e", str(tmp_path / "mine.pth"), *arguments])
-    assert json.loads((run / "eval" / "mine_sliding16_scales0.5-1_flip.json").read_text())["protocol"]["crop"] == [
-        16,
-        16,
-    ]
+    written = run / "eval" / "mine_sliding16_scales0.5-1_flip.json"
+    assert json.loads(written.read_text())["protocol"]["crop"] == [16, 16]
     assert "sliding window 16x16 stride 11x11, scales 0.5 1, flip" in capsys.readouterr().out
 
 
