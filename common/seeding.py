@@ -1,6 +1,7 @@
 """Random numbers as a function of (seed, what for, where in training): not of workers, processes or restarts."""
 
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -13,6 +14,11 @@ def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
 def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
     """A NumPy generator of its own for `purpose` at `numbers`."""
     return np.random.default_rng(_sequence(seed, purpose, numbers))
+
+
+def generators(seed: int, purpose: str, positions: Iterable[int]) -> list[np.random.Generator]:
+    """One NumPy generator for each of `positions` in a stream."""
+    return [generator(seed, purpose, position) for position in positions]
 
 
 def _sequence(seed: int, purpose: str, numbers: tuple[int, ...]) -> np.random.SeedSequence:

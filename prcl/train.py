@@ -20,15 +20,13 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from common.augment import (
-    PhotometricRanges,
     apply_geometry_batch,
-    apply_photometric_batch,
     draw_flip,
     draw_geometry,
-    draw_photometric,
     flip_batch,
     mix_batch,
     normalize,
+    recolor,
 )
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
 from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, open_data
@@ -40,7 +38,7 @@ from common.models import build_network, conv_head
 from common.optim import build_optimizer
 from common.run import Run
 from common.schedules import ema_decay, exponential_ramp, poly, set_lr
-from common.seeding import generator
+from common.seeding import generators
 from prcl.losses import contrastive_labels, contrastive_loss, prototypes, sample, unsupervised_loss
 
 LR_FLOOR = 1e-6  # of the released schedule
@@ -186,13 +184,13 @@ def augment_unlabeled(
         confidence: [B,H,W].
         positions: What the random numbers of each image follow from.
     """
-    rngs = [generator(config.run.seed, "unlabeled, on the device", position) for position in positions]
+    rngs = generators(config.run.seed, "unlabeled, on the device", positions)
     crop = config.data.crop_size
     geometries = [draw_geometry(rng, image.shape[-2:], crop, config.method.scale_range) for rng in rngs]
     views = apply_geometry_batch(image, pseudo_label, confidence, geometries, crop)
     following = run.from_next_process(*(view[0] for view in views))
     image, pseudo_label, confidence = mix_batch(config.method.mix_mode, *views, rngs, following)
-    image = apply_photometric_batch(image, [draw_photometric(rng) for rng in rngs])
+    image = recolor(image, rngs)
     return flip_batch(image, pseudo_label, confidence, [draw_flip(rng) for rng in rngs])
 
 
@@ -239,7 +237,7 @@ def train(config: Config, run: Run) -> None:
 
     source, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    augmented = CropTransform(config.data.crop_size, config.data.scale_range, PhotometricRanges(), flip=True)
+    augmented = CropTransform(config.data.crop_size, config.data.scale_range, flip=True)
     cropped = CropTransform(config.data.crop_size)
     labeled_images = TrainingImages(source, split.labeled, augmented, config.run.seed, "labeled", with_label=True)
     unlabeled_images = TrainingImages(source, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
@@ -264,11 +262,14 @@ def train(config: Config, run: Run) -> None:
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = pseudo_labels(teacher, weak_image, run)
             with record_function("augmentation"):
+                labeled_image = recolor(
+                    labeled.image, generators(config.run.seed, "labeled, on the device", labeled.positions)
+                )
                 image, pseudo_label, confidence = augment_unlabeled(
                     weak_image, weak_label, weak_confidence, unlabeled.positions, config, run
                 )
             with record_function("student"):
-                output = wrapped(normalize(labeled.image), normalize(image))
+                output = wrapped(normalize(labeled_image), normalize(image))
             with record_function("losses"):
                 size, corners = labeled.label.shape[-2:], network.segmenter.align_corners
                 supervised = cross_entropy(upsample(output["labeled"], size, corners), labeled.label)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch.profiler import record_function
 
-from common.augment import PhotometricRanges, normalize
+from common.augment import normalize, recolor
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
 from common.datasets.loaders import CropTransform, StepBatches, TrainingImages, open_data
 from common.errors import told
@@ -20,6 +20,7 @@ from common.models import build_network
 from common.optim import build_optimizer
 from common.run import Run
 from common.schedules import poly, set_lr
+from common.seeding import generators
 
 
 @dataclass
@@ -55,7 +56,7 @@ def train(config: Config, run: Run) -> None:
     source, split = open_data(config, run.accelerator)
     names = split.labeled + (split.unlabeled if config.method.fully_labeled else [])
     run.set_length(-(-len(names) // optim.batch_size))
-    augmented = CropTransform(config.data.crop_size, config.data.scale_range, PhotometricRanges(), flip=True)
+    augmented = CropTransform(config.data.crop_size, config.data.scale_range, flip=True)
     images = TrainingImages(source, names, augmented, config.run.seed, "labeled", with_label=True)
 
     network = build_network(config.model)
@@ -69,8 +70,10 @@ def train(config: Config, run: Run) -> None:
         for _ in run.passes(wrapped):
             with record_function("data"):
                 batch = next(batches)
+            with record_function("augmentation"):
+                image = recolor(batch.image, generators(config.run.seed, "labeled, on the device", batch.positions))
             with record_function("student"):
-                logits = wrapped(normalize(batch.image))
+                logits = wrapped(normalize(image))
             with record_function("losses"):
                 loss = cross_entropy(upsample(logits, batch.label.shape[-2:], network.align_corners), batch.label)
             with record_function("backward"):

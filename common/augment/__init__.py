@@ -24,6 +24,7 @@ from common.augment.photometric import (
     denormalize,
     draw_photometric,
     normalize,
+    recolor,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "flip_batch",
     "mix_batch",
     "normalize",
+    "recolor",
 ]

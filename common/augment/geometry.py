@@ -99,22 +99,36 @@ def _image_crop(image: Tensor, geometry: Geometry, crop_size: Sequence[int]) -> 
             # Decoders deliver pixels channel by channel, and in that order uint8 is resized 3 to 5 times faster.
             image = image.unsqueeze(0).contiguous(memory_format=torch.channels_last).squeeze(0)
         image = functional.resize(image, [geometry.height, geometry.width], antialias=True)
+    channels = -1 if image.stride(0) == 1 else 0
+    image = image.movedim(
+        0, channels
+    )  # uint8 stays pixel by pixel: to sort it into planes takes longer than to crop it
     for dim, side, start, crop in _axes(geometry, crop_size):
+        dim = dim if channels == 0 else dim - 1
         if side < crop:
-            image = image.index_select(dim, _reflected(side, crop, image.device))
+            image = torch.cat([image, image.index_select(dim, _reflected(side, crop, image.device))], dim)
         else:
             image = image.narrow(dim, start, crop)
-    return image.contiguous()
+    return image.movedim(channels, 0)
 
 
 def _nearest_crop(values: Tensor, geometry: Geometry, crop_size: Sequence[int], fill: int) -> Tensor:
     """Only the pixels of the crop are picked. The nearest pixel is that of torch's `nearest-exact`, in integers."""
+    nearest = []
     for dim, side, start, crop in _axes(geometry, crop_size):
-        source_side = values.shape[dim]
         wanted = torch.arange(start, start + min(side, crop), device=values.device)
-        values = values.index_select(dim, (2 * wanted + 1) * source_side // (2 * side))
+        nearest.append((2 * wanted + 1) * values.shape[dim] // (2 * side))
+    values = _pick(values, *nearest)
     below, right = (max(crop - side, 0) for _, side, _, crop in _axes(geometry, crop_size))
     return torch.nn.functional.pad(values, (0, right, 0, below), value=fill) if below or right else values
+
+
+def _pick(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The given rows and columns of `values` [...,H,W]."""
+    if values.device.type == "cpu":
+        # NumPy picks columns of a CPU's tensor 6 times as fast as torch.
+        return torch.from_numpy(values.numpy()[..., rows.numpy(), :][..., columns.numpy()])
+    return values.index_select(-2, rows).index_select(-1, columns)
 
 
 def _axes(geometry: Geometry, crop_size: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:
@@ -123,7 +137,7 @@ def _axes(geometry: Geometry, crop_size: Sequence[int]) -> tuple[tuple[int, int,
 
 
 def _reflected(side: int, padded: int, device: torch.device) -> Tensor:
-    """Indices of `padded` pixels into `side` of them, mirrored at both ends as often as needed, edges not repeated."""
+    """Indices of pixels `side` to `padded` into `side` pixels, mirrored as often as needed, edges not repeated."""
     period = max(2 * (side - 1), 1)
-    position = torch.arange(padded, device=device) % period
+    position = torch.arange(side, padded, device=device) % period
     return torch.minimum(position, period - position)

@@ -16,15 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.augment import (
-    PhotometricRanges,
-    apply_geometry,
-    apply_photometric,
-    draw_flip,
-    draw_geometry,
-    draw_photometric,
-    flip,
-)
+from common.augment import apply_geometry, draw_flip, draw_geometry, flip
 from common.datasets import open_source
 from common.datasets.source import Source
 from common.datasets.splits import Split, read_split
@@ -57,25 +49,23 @@ class Batch:
         return replace(self, image=self.image.pin_memory(), label=label)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; labels become int64 there."""
+        """The batch on `device`; there, channel planes are made of the decoder's pixels, and int64 of labels."""
         label = None if self.label is None else self.label.to(device, non_blocking=True).long()
-        return replace(self, image=self.image.to(device, non_blocking=True), label=label)
+        return replace(self, image=self.image.to(device, non_blocking=True).contiguous(), label=label)
 
 
 @dataclass(frozen=True)
 class CropTransform:
-    """Scale, pad, random crop; then, where asked for, colour jitter, blur and a random mirror image.
+    """Scale, pad, random crop; then, where asked for, a random mirror image. Colours change later, on the device.
 
     Attributes:
         crop_size: Height and width of the result, pixels.
         scale_range: Of the uniform random scale.
-        photometric: What colours and blur are drawn from; None leaves them alone.
         flip: Whether half of the images are mirrored.
     """
 
     crop_size: tuple[int, int]
     scale_range: tuple[float, float] = (1.0, 1.0)
-    photometric: PhotometricRanges | None = None
     flip: bool = False
 
     def __call__(
@@ -83,8 +73,6 @@ class CropTransform:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         geometry = draw_geometry(rng, image.shape[-2:], self.crop_size, self.scale_range)
         image, label, _ = apply_geometry(image, label, None, geometry, self.crop_size)
-        if self.photometric is not None:
-            image = apply_photometric(image, draw_photometric(rng, self.photometric))
         if self.flip:
             image, label, _ = flip(image, label, None, draw_flip(rng))
         return image, label
@@ -253,7 +241,7 @@ def _collate(items: "list[Batch | UserError]") -> "Batch | UserError":
             return item
     labels = [item.label for item in items]
     return Batch(
-        torch.stack([item.image for item in items]),
+        torch.stack([item.image.movedim(0, -1) for item in items]).movedim(-1, 1),
         None if labels[0] is None else torch.stack(labels),
         [name for item in items for name in item.names],
         [position for item in items for position in item.positions],

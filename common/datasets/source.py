@@ -67,7 +67,7 @@ class Source(ABC):
             with Image.open(path) as picture:
                 if picture.mode.startswith("I"):
                     raise UserError(f"image {path} has 16 bits a channel: save it with 8")
-                pixels = np.array(picture.convert("RGB"))
+                pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"image {path} cannot be decoded ({_reason(error)}): restore or remove it") from None
         # Not made contiguous: resizing reads this layout faster than planes.
@@ -113,7 +113,7 @@ def stored_ids(picture: Image.Image, path: Path) -> np.ndarray:
 
 def apply_table(table: np.ndarray, stored: np.ndarray, path: Path) -> np.ndarray:
     """`table` (uint8 [256]) at every value of `stored`. Raises UserError naming the values it does not know."""
-    label = table[stored]
+    label = table.take(stored)  # twice as fast as an index
     unknown = label == UNKNOWN
     if unknown.any():
         values = ", ".join(map(str, np.unique(stored[unknown])[:5]))
