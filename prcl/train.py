@@ -262,9 +262,8 @@ def train(config: Config, run: Run) -> None:
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = pseudo_labels(teacher, weak_image, run)
             with record_function("augmentation"):
-                labeled_image = recolor(
-                    labeled.image, generators(config.run.seed, "labeled, on the device", labeled.positions)
-                )
+                rngs = generators(config.run.seed, "labeled, on the device", labeled.positions)
+                labeled_image = recolor(labeled.image, rngs)
                 image, pseudo_label, confidence = augment_unlabeled(
                     weak_image, weak_label, weak_confidence, unlabeled.positions, config, run
                 )
