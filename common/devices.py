@@ -3,6 +3,7 @@
 import os
 from datetime import timedelta
 from importlib.util import find_spec
+from shutil import which
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ def make_accelerator(config: Any) -> Accelerator:
     """The Accelerator for a config's `run` and `optim` sections, on the devices there are.
 
     Raises:
-        UserError: fp16 without a GPU, or a tracker that is not installed.
+        UserError: fp16 without a GPU, a tracker that is not installed, `run.compile` without a compiler.
     """
     on_cpu = config.run.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
     asked = {"fp32": "no", None: None}.get(config.run.precision, config.run.precision)
     if on_cpu and (asked or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16":
         raise UserError("run.precision fp16 needs a GPU; use fp32 or bf16 on the CPU")
+    if config.run.compile:
+        check_compiler()
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
             raise UserError(f"run.trackers names {tracker}, which is not installed: pip install {tracker}")
@@ -41,6 +44,13 @@ def make_accelerator(config: Any) -> Accelerator:
         # The other processes wait while one writes a checkpoint or has the larger share of an evaluation.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
     )
+
+
+def check_compiler() -> None:
+    """Raises UserError where there is nothing for `torch.compile` to compile with."""
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    if not torch.cuda.is_available() and not any(name and which(name) for name in compilers):
+        raise UserError("run.compile needs a C++ compiler, g++ say: install one, or leave run.compile false")
 
 
 def share_batch(batch_size: int, processes: int, accumulation: int, shared_batch_norm: bool) -> int:

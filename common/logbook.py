@@ -22,6 +22,7 @@ class Logbook:
         self._path, self._active = path, active
         self._console = Console(quiet=not active, soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
+        self._said: set[str] = set()
         self._clock = (time.perf_counter(), 0)
 
     def cut(self, step: int) -> None:
@@ -83,6 +84,12 @@ class Logbook:
         """Print a line."""
         self._console.print(text, markup=False)
         sys.stdout.flush()
+
+    def say_once(self, text: str) -> None:
+        """Print a line, but not the same one again."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     def stop(self) -> None:
         """End the progress display; it may be called twice."""

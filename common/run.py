@@ -207,18 +207,21 @@ class Run(AbstractContextManager):
         following = (self.rank + 1) % self.processes
         return tuple(self.accelerator.gather(tensor.unsqueeze(0))[following] for tensor in tensors)
 
-    def finish_step(self, values: dict[str, Any], images: int) -> None:
+    def finish_step(self, values: dict[str, Any], images: int) -> dict[str, float]:
         """Count the step; every `log_every` steps write and show `values` (scalars, averaged over processes).
 
         Args:
             values: Numbers or 0-d tensors by name.
             images: Images of the step over all processes, for images a second.
+
+        Returns:
+            What was logged; nothing after most steps.
         """
         self.step += 1
         self._stopping = self._agree_on_signal()
         self.log.advance(self.step)
         if self.step % self.config.run.log_every and self.step != self.total:
-            return
+            return {}
         scalars = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values.values()]
         means = self.accelerator.reduce(torch.stack(scalars).detach(), "mean").tolist()
         wrong = [name for name, mean in zip(values, means) if not math.isfinite(mean)]
@@ -229,6 +232,7 @@ class Run(AbstractContextManager):
         numbers = self.log.losses(self.step, dict(zip(values, means)), images)
         if self.config.run.trackers:
             self.accelerator.log(numbers, step=self.step)
+        return numbers
 
     @property
     def evaluates(self) -> bool:

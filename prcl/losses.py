@@ -5,6 +5,7 @@ sigma is a variance everywhere, never a standard deviation. Pixels of the embedd
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Samples:
     """What one step compares; row r is for class `classes[r]`.
 
     Attributes:
-        classes: int64 [n], the present classes, ascending.
+        classes: int64 [n], ascending; on the CPU the present ones, on a GPU all.
         anchors: int64 [n,Q], pixels; any value where `used` is False.
         negatives: int64 [n,Q,K], pixels of other classes.
         used: bool [n], whether the class has a hard pixel and a negative in this process.
@@ -149,14 +150,15 @@ def sample(
         classes: Prototypes of all classes.
         num_queries, num_negatives: Q anchors a class, K negatives an anchor, drawn with replacement.
     """
-    # The one synchronisation: knowing n saves the work for absent classes, mostly more than half of it.
-    present = classes.present.nonzero().squeeze(1)
-    n = len(present)
+    # To know which classes are absent saves more than half of the work, but a GPU would be waited for.
+    everywhere = torch.arange(len(classes.present), device=label.device)
+    candidates = classes.present.nonzero().squeeze(1) if label.device.type == "cpu" else everywhere
+    n = len(candidates)
     pixels = label.flatten()
     own = _rows(probability).gather(1, pixels.clamp(max=probability.shape[1] - 1)[:, None]).squeeze(1)
-    order, start, count = _group(pixels, present)
-    hard_order, hard_start, hard_count = _group(pixels.masked_fill(own >= strong_threshold, IGNORE), present)
-    subset = Prototypes(classes.mu[present], classes.sigma[present], classes.present[present])
+    order, start, count = _group(pixels, candidates)
+    hard_order, hard_start, hard_count = _group(pixels.masked_fill(own >= strong_threshold, IGNORE), candidates)
+    subset = Prototypes(classes.mu[candidates], classes.sigma[candidates], classes.present[candidates])
     chance = negative_class_probability(subset, count > 0, temp)
     anchors = _pick(hard_order, hard_start[:, None], hard_count[:, None], (n, num_queries))
     drawn = torch.rand(n, num_queries * num_negatives, device=label.device)
@@ -164,22 +166,25 @@ def sample(
     other = torch.searchsorted(chance.cumsum(1), drawn, right=True).clamp(max=max(n - 1, 0))
     negatives = _pick(order, start[other], count[other], tuple(other.shape)).view(n, num_queries, num_negatives)
     used = (hard_count > 0) & (chance.sum(1) > 0)
-    return Samples(present, anchors, negatives, used)
+    return Samples(candidates, anchors, negatives, used)
 
 
-def contrastive_loss(mu: Tensor, sigma: Tensor, classes: Prototypes, samples: Samples, temp: float) -> Tensor:
-    """Mean over the n present classes of the cross-entropy of anchors with their prototype against their negatives.
+def contrastive_loss(
+    mu: Tensor, sigma: Tensor, classes: Prototypes, samples: Samples, temp: float, compile: bool = False
+) -> Tensor:
+    """Mean over the present classes of the cross-entropy of anchors with their prototype against their negatives.
 
     Gradients reach the anchors alone; prototypes and negatives are constants. A class without a hard pixel adds 0 but
-    counts in n. 0 with its graph where fewer than two classes are present.
+    counts. 0 with its graph where fewer than two classes are present. Nothing here waits for a GPU.
 
     Args:
         mu, sigma: [B,D,h,w] of the student.
         classes: Prototypes of all classes.
         samples: From `sample`.
+        compile: Score with a compiled kernel: the same numbers but for rounding.
     """
     nothing = 0.0 * (mu.sum() + sigma.sum())
-    if len(samples.classes) < 2:
+    if len(samples.classes) < 2:  # known without waiting: it is a shape
         return nothing
     mu, sigma = _rows(mu.float()), _rows(sigma.float())
     n, queries, negatives = samples.negatives.shape
@@ -194,8 +199,10 @@ def contrastive_loss(mu: Tensor, sigma: Tensor, classes: Prototypes, samples: Sa
         classes.sigma[proto],
         samples.negatives.clamp(min=0).view(n * queries, negatives),
         temp,
+        _compiled_score() if compile else _score_block,
     )
-    return nothing + losses.view(n, queries).mean(1).masked_fill(~samples.used, 0.0).sum() / n
+    class_losses = losses.view(n, queries).mean(1).masked_fill(~samples.used, 0.0)
+    return nothing + class_losses.sum() / classes.present.sum().clamp(min=1)
 
 
 class _AnchorLoss(torch.autograd.Function):
@@ -207,7 +214,7 @@ class _AnchorLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, mu, sigma, all_mu, all_sigma, proto_mu, proto_sigma, negatives, temp):
+    def forward(ctx, mu, sigma, all_mu, all_sigma, proto_mu, proto_sigma, negatives, temp, score):
         rows, dims = mu.shape
         block = max(1, BLOCK_ELEMENTS.get(mu.device.type, BLOCK_ELEMENTS["cpu"]) // (negatives.shape[1] * dims))
         losses = mu.new_empty(rows)
@@ -217,7 +224,7 @@ class _AnchorLoss(torch.autograd.Function):
             picked = negatives[part]
             other_mu = torch.cat([proto_mu[part, None], all_mu[picked]], dim=1)
             other_sigma = torch.cat([proto_sigma[part, None], all_sigma[picked]], dim=1)
-            losses[part], grad_mu[part], grad_sigma[part] = _score_block(
+            losses[part], grad_mu[part], grad_sigma[part] = score(
                 mu[part, None], sigma[part, None], other_mu, other_sigma, temp
             )
         ctx.save_for_backward(grad_mu, grad_sigma)
@@ -226,7 +233,7 @@ class _AnchorLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_mu, grad_sigma = ctx.saved_tensors
-        return grad[:, None] * grad_mu, grad[:, None] * grad_sigma, None, None, None, None, None, None
+        return grad[:, None] * grad_mu, grad[:, None] * grad_sigma, None, None, None, None, None, None, None
 
 
 def _score_block(mu: Tensor, sigma: Tensor, other_mu: Tensor, other_sigma: Tensor, temp: float) -> tuple[Tensor, ...]:
@@ -245,6 +252,11 @@ def _score_block(mu: Tensor, sigma: Tensor, other_mu: Tensor, other_sigma: Tenso
     grad_mu = (pull @ scaled).squeeze(1)
     grad_sigma = 0.5 * (pull @ (scaled.square() - inverse)).squeeze(1)
     return -log_probability[:, 0], grad_mu, grad_sigma
+
+
+@cache
+def _compiled_score() -> Callable[..., tuple[Tensor, ...]]:
+    return torch.compile(_score_block)
 
 
 def _rows(maps: Tensor) -> Tensor:

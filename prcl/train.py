@@ -42,6 +42,7 @@ from common.seeding import generators
 from prcl.losses import contrastive_labels, contrastive_loss, prototypes, sample, unsupervised_loss
 
 LR_FLOOR = 1e-6  # of the released schedule
+BOUND = 1e-3  # a variance this near to 0 or 1 hardly moves any more: the sigmoid is flat there
 
 
 @dataclass
@@ -214,7 +215,12 @@ def contrastive_term(
         method.num_queries,
         method.num_negatives,
     )
-    return contrastive_loss(mu, sigma, means, samples, method.temp)
+    return contrastive_loss(mu, sigma, means, samples, method.temp, config.run.compile)
+
+
+def share_at_bounds(sigma: Tensor) -> Tensor:
+    """Share of the variances that are at the ends of their range (0, 1): of a head that has collapsed, nearly all."""
+    return ((sigma < BOUND) | (sigma > 1 - BOUND)).float().mean()
 
 
 def contrastive_weight(step: int, total: int, config: Config) -> float:
@@ -286,7 +292,7 @@ def train(config: Config, run: Run) -> None:
                 update_teacher(teacher, network.segmenter, ema_decay(step, method.alpha))
             run.share_statistics(network, teacher)
 
-        run.finish_step(
+        logged = run.finish_step(
             {
                 "loss": loss,
                 "loss_supervised": supervised,
@@ -295,10 +301,16 @@ def train(config: Config, run: Run) -> None:
                 "contrastive_weight": weight,
                 "confident": (confidence >= method.un_threshold).float().mean(),
                 "sigma": output["sigma"].mean(),
+                "sigma_at_bounds": share_at_bounds(output["sigma"]),
                 "lr": optimizer.param_groups[0]["lr"],
             },
             images=2 * optim.batch_size,
         )
+        if logged.get("sigma_at_bounds", 0.0) > 0.5:
+            run.log.say_once(
+                "warning: the probability head has collapsed, most of its variances are at their bounds; "
+                f"lower method.uncer_lr (now {method.uncer_lr:g})"
+            )
         if run.evaluates:
             classes, workers = config.model.num_classes, config.data.workers
             run.report(evaluate(teacher, source, split.valid, classes, run.accelerator, workers=workers))

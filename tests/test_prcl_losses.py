@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from prcl.losses import (
+    Samples,
     contrastive_labels,
     contrastive_loss,
     mutual_likelihood_score,
@@ -11,7 +12,7 @@ from prcl.losses import (
     sample,
     unsupervised_loss,
 )
-from prcl.train import steps_per_epoch
+from prcl.train import main, steps_per_epoch
 
 CLASSES, DIMS = 4, 8
 
@@ -77,6 +78,38 @@ def test_the_gradient_found_in_the_sweep_is_that_of_the_plain_formula(maps):
         torch.testing.assert_close(ours.permute(0, 2, 3, 1).reshape(-1, DIMS), plain, rtol=1e-4, atol=1e-7)
 
 
+def test_rows_for_absent_classes_change_nothing(maps):
+    mu, sigma, probability = maps
+    label = torch.full((2, 6, 7), 1)
+    label[:, 3:] = 3
+    means = prototypes(mu, sigma, label, CLASSES, lambda total: total)
+    picked = sample(label, probability, means, 0.8, 0.5, num_queries=16, num_negatives=12)
+    assert picked.classes.tolist() == [1, 3]
+    # As on a GPU, which is not asked which classes there are.
+    everywhere = Samples(
+        torch.arange(CLASSES),
+        torch.zeros(CLASSES, 16, dtype=torch.int64).index_copy(0, picked.classes, picked.anchors),
+        torch.zeros(CLASSES, 16, 12, dtype=torch.int64).index_copy(0, picked.classes, picked.negatives),
+        torch.tensor([False, True, False, True]),
+    )
+    few, all_rows = (contrastive_loss(mu, sigma, means, samples, 0.5) for samples in (picked, everywhere))
+    torch.testing.assert_close(few, all_rows)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, mu)[0] for loss in (few, all_rows)))
+
+
+def test_nothing_waits_for_a_device():
+    # Tensors of this device hold no values: whatever asks for one fails.
+    mu, sigma = (torch.rand(4, DIMS, 6, 7, device="meta", requires_grad=True) for _ in range(2))
+    logits = torch.rand(2, CLASSES, 12, 14, device="meta", requires_grad=True)
+    label = torch.zeros(2, 12, 14, dtype=torch.int64, device="meta")
+    confidence = torch.rand(2, 12, 14, device="meta")
+    classes = contrastive_labels(label, label, confidence, 0.7, (6, 7))
+    probability = torch.rand(4, CLASSES, 6, 7, device="meta")
+    total = unsupervised_loss(logits, label, confidence, 0.97) + loss_of(mu, sigma, probability, classes)
+    total.backward()
+    assert mu.grad.shape == mu.shape and logits.grad.shape == logits.shape
+
+
 def test_unsupervised_loss_without_a_confident_or_valid_pixel_is_zero():
     logits = torch.randn(2, CLASSES, 6, 7, requires_grad=True)
     label = torch.zeros(2, 6, 7, dtype=torch.int64)
@@ -97,3 +130,13 @@ def test_weak_pixels_are_left_out_of_the_contrastive_labels():
 @pytest.mark.parametrize(("labels", "batch", "steps"), [(662, 16, 84), (662, 2, 993), (150, 48, 40), (5000, 16, 313)])
 def test_steps_per_epoch(labels, batch, steps):
     assert steps_per_epoch(labels, batch) == steps
+
+
+def test_a_collapsed_probability_head_is_told_once(tiny, capsys):
+    main(tiny("prcl", "--method.uncer_lr", "100"))
+    assert capsys.readouterr().out.count("lower method.uncer_lr (now 100)") == 1
+
+
+def test_a_healthy_probability_head_is_not(tiny, capsys):
+    main(tiny("prcl"))
+    assert "uncer_lr" not in capsys.readouterr().out

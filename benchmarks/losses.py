@@ -1,0 +1,135 @@
+"""Seconds and memory of a paper's own loss, forward and backward, beside its plain formula.
+
+    python benchmarks/losses.py prcl
+    python benchmarks/losses.py prcl --scale 0.25 --repeats 1
+
+Every row runs in a process of its own. Memory is what the process needed beyond its inputs, at its peak.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from common.devices import check_compiler
+from common.errors import told
+from prcl import losses as prcl
+
+Loss = Callable[[], Tensor]
+MEGABYTE = 2**20
+
+
+def prcl_inputs(scale: float, device: torch.device) -> tuple[Tensor, ...]:
+    """mu, sigma [4,256,h,w], label [4,h,w] of 8 classes, probability [4,8,h,w]; `scale` 1 is h = w = 81."""
+    side = max(9, round(81 * scale))
+    mu = torch.randn(4, 256, side, side, device=device, requires_grad=True)
+    sigma = torch.rand(4, 256, side, side, device=device).mul_(0.8).add_(0.1).requires_grad_()
+    label = torch.randint(0, 8, (4, side, side), device=device)
+    return mu, sigma, label, torch.rand(4, 8, side, side, device=device)
+
+
+def prcl_loss(inputs: tuple[Tensor, ...], scale: float, compile: bool = False) -> Tensor:
+    """Prototypes, sampling and loss as training calls them: 256 anchors a class, 512 negatives an anchor."""
+    mu, sigma, label, probability = inputs
+    queries, negatives = max(8, round(256 * scale)), max(8, round(512 * scale))
+    classes = prcl.prototypes(mu, sigma, label, 8, reduce=lambda total: total)
+    samples = prcl.sample(label, probability, classes, 0.8, 100.0, queries, negatives)
+    return prcl.contrastive_loss(mu, sigma, classes, samples, 100.0, compile)
+
+
+def prcl_plain(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
+    """The same with the scores as the formula reads, class by class, and autograd."""
+    mu, sigma, label, probability = inputs
+    queries, negatives = max(8, round(256 * scale)), max(8, round(512 * scale))
+    classes = prcl.prototypes(mu, sigma, label, 8, reduce=lambda total: total)
+    samples = prcl.sample(label, probability, classes, 0.8, 100.0, queries, negatives)
+    mu, sigma = (values.permute(0, 2, 3, 1).flatten(0, 2) for values in (mu, sigma))
+    total = mu.new_zeros(())
+    for row, c in enumerate(samples.classes):
+        anchor_mu, anchor_sigma = (values[samples.anchors[row]].unsqueeze(1) for values in (mu, sigma))
+        others = samples.negatives[row]
+        other_mu, other_sigma = (
+            torch.cat([own.expand(queries, 1, -1), values.detach()[others]], dim=1)
+            for own, values in ((classes.mu[c], mu), (classes.sigma[c], sigma))
+        )
+        logits = prcl.mutual_likelihood_score(anchor_mu, anchor_sigma, other_mu, other_sigma) / 100.0
+        total = total + F.cross_entropy(logits, torch.zeros_like(samples.anchors[row]))
+    return total / len(samples.classes)
+
+
+# What is measured of each paper: how its inputs are made, and its rows.
+PAPERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
+    "prcl": (
+        prcl_inputs,
+        {"ours": prcl_loss, "ours, compiled": partial(prcl_loss, compile=True), "plain formula": prcl_plain},
+    ),
+}
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory used so far, MB: of the device, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / MEGABYTE
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if platform.system() == "Darwin" else 1)
+    return kilobytes / 1024
+
+
+def measure(paper: str, row: str, scale: float, repeats: int, results) -> None:
+    """Put (seconds of each repeat, MB beyond the inputs, value of the loss) into the queue `results`."""
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    make_inputs, rows = PAPERS[paper]
+    inputs = make_inputs(scale, device)
+    leaves = [value for value in inputs if value.requires_grad]
+    for leaf in leaves:
+        leaf.grad = torch.ones_like(leaf)  # room for the gradients counts as input
+    before, seconds = peak_memory(device), []
+    for _ in range(repeats + 1):  # the first one warms up, and compiles
+        torch.manual_seed(0)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        loss = rows[row](inputs, scale)
+        torch.autograd.backward(loss, inputs=leaves)
+        value = loss.item()
+        seconds.append(time.perf_counter() - started)
+    results.put((seconds[1:], peak_memory(device) - before, value))
+
+
+@told
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paper", choices=sorted(PAPERS))
+    parser.add_argument("--scale", type=float, default=1.0, help="size of the maps and numbers of samples, 1 = full")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    check_compiler()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    table = Table("row", "seconds, median", "MB beyond the inputs", "loss", title=f"{options.paper} on {where}")
+    context = multiprocessing.get_context("spawn")
+    for row in PAPERS[options.paper][1]:
+        results = context.SimpleQueue()
+        arguments = (options.paper, row, options.scale, options.repeats, results)
+        process = context.Process(target=measure, args=arguments)
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(process.exitcode)
+        seconds, memory, value = results.get()
+        table.add_row(row, f"{statistics.median(seconds):.2f}", f"{memory:.0f}", f"{value:.5f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
