@@ -1,7 +1,7 @@
 """Seconds and memory of a paper's own loss, forward and backward, beside its plain formula.
 
     python benchmarks/losses.py prcl
-    python benchmarks/losses.py prcl --scale 0.25 --repeats 1
+    python benchmarks/losses.py prcl --rows ours --scale 0.25 --repeats 1
 
 Every row runs in a process of its own. Memory is what the process needed beyond its inputs, at its peak.
 """
@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from common.devices import check_compiler
-from common.errors import told
+from common.errors import UserError, told
 from prcl import losses as prcl
 
 Loss = Callable[[], Tensor]
@@ -111,14 +111,20 @@ def measure(paper: str, row: str, scale: float, repeats: int, results) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paper", choices=sorted(PAPERS))
+    parser.add_argument("--rows", nargs="*", help="only these rows, 'ours' say")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the maps and numbers of samples, 1 = full")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    check_compiler()
+    known = PAPERS[options.paper][1]
+    rows = options.rows or list(known)
+    if unknown := set(rows) - known.keys():
+        raise UserError(f"no row {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if any("compiled" in row for row in rows):
+        check_compiler()
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     table = Table("row", "seconds, median", "MB beyond the inputs", "loss", title=f"{options.paper} on {where}")
     context = multiprocessing.get_context("spawn")
-    for row in PAPERS[options.paper][1]:
+    for row in rows:
         results = context.SimpleQueue()
         arguments = (options.paper, row, options.scale, options.repeats, results)
         process = context.Process(target=measure, args=arguments)

@@ -119,7 +119,7 @@ class RunConfig:
         precision: fp32, fp16 or bf16; by default what `accelerate launch` was told.
         device: `auto` takes the GPU where there is one; `cpu`.
         threads: CPU threads of a process; by default the processes of this machine share its cores.
-        compile: Compile the student with torch.compile.
+        compile: Compile the student, and losses that have a kernel for it, with torch.compile.
         trackers: Also log to tensorboard or wandb.
     """
 

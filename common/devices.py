@@ -50,7 +50,7 @@ def check_compiler() -> None:
     """Raises UserError where there is nothing for `torch.compile` to compile with."""
     compilers = (os.environ.get("CXX"), "g++", "clang++")
     if not torch.cuda.is_available() and not any(name and which(name) for name in compilers):
-        raise UserError("run.compile needs a C++ compiler, g++ say: install one, or leave run.compile false")
+        raise UserError("torch.compile needs a C++ compiler: install g++, or do without (run.compile false)")
 
 
 def share_batch(batch_size: int, processes: int, accumulation: int, shared_batch_norm: bool) -> int:

@@ -72,7 +72,13 @@ def without_launcher(command: str) -> list[str]:
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """A training command with less of everything; other commands as they are."""
+    """A training command or benchmark with less of everything; other commands as they are."""
+    if arguments[0].endswith("losses.py"):
+        return [*arguments, "--rows", "ours", "plain formula", "--scale", "0.1", "--repeats", "1"]
+    if arguments[0].endswith("loader.py"):
+        return [*arguments, "--repeats", "1"]
+    if arguments[0].endswith("step.py"):
+        return [*arguments, "--steps", "1", *SMALL_DATA, *SMALL_RUN, "--run.steps", "6"]
     if not arguments[0].endswith("train.py"):
         return ["2-" if text == "300-" else text for text in arguments]
     small = [*SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, *(SMALL_PRCL if arguments[0].startswith("prcl") else [])]
