@@ -132,7 +132,7 @@ def phase_times(train: Callable[[list[str]], None], arguments: list[str], steps:
         # A GPU works on after the host has gone on: there, its own clock counts.
         if event.name in PHASES and event.device_type.name == device.type.upper():
             times[event.name].append(event.time_range.elapsed_us() / 1000)
-    return {phase: times[phase][WARM_UP:] for phase in PHASES if times[phase]}
+    return {phase: times[phase][WARM_UP : steps - 1] for phase in PHASES if times[phase]}
 
 
 def replay(calls: list[Call], device: torch.device) -> None:
@@ -169,7 +169,7 @@ def main() -> None:
         arguments = ["--config", f"{script.parent}/configs/demo.json", *arguments]
     train = partial(importlib.import_module(f"{script.parent.name}.{script.stem}").main)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = options.steps + WARM_UP
+    steps = WARM_UP + options.steps + 1  # the last one ends within its optimizer phase
 
     phases = phase_times(train, arguments, steps, device)
     recorder = Recorder(steps, device, with_bare=True)
