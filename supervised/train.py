@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch.profiler import record_function
 
-from common.augment import normalize, recolor
+from common.augment import normalize, recolor_and_flip
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
 from common.datasets.loaders import CropTransform, StepBatches, TrainingImages, open_data
 from common.errors import told
@@ -56,8 +56,8 @@ def train(config: Config, run: Run) -> None:
     source, split = open_data(config, run.accelerator)
     names = split.labeled + (split.unlabeled if config.method.fully_labeled else [])
     run.set_length(-(-len(names) // optim.batch_size))
-    augmented = CropTransform(config.data.crop_size, config.data.scale_range, flip=True)
-    images = TrainingImages(source, names, augmented, config.run.seed, "labeled", with_label=True)
+    scaled = CropTransform(config.data.crop_size, config.data.scale_range)
+    images = TrainingImages(source, names, scaled, config.run.seed, "labeled", with_label=True)
 
     network = build_network(config.model)
     wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": list(network.parameters())}]))
@@ -71,11 +71,12 @@ def train(config: Config, run: Run) -> None:
             with record_function("data"):
                 batch = next(batches)
             with record_function("augmentation"):
-                image = recolor(batch.image, generators(config.run.seed, "labeled, on the device", batch.positions))
+                rngs = generators(config.run.seed, "labeled, on the device", batch.positions)
+                image, label, _ = recolor_and_flip(batch.image, batch.label, None, rngs)
             with record_function("student"):
                 logits = wrapped(normalize(image))
             with record_function("losses"):
-                loss = cross_entropy(upsample(logits, batch.label.shape[-2:], network.align_corners), batch.label)
+                loss = cross_entropy(upsample(logits, label.shape[-2:], network.align_corners), label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):

@@ -38,7 +38,7 @@ def batches(root: Path, processes: int, rank: int, step: int = 0, accumulation: 
         device=torch.device("cpu"),
     )
     source = VOC(root, CLASSES)
-    transform = CropTransform((32, 40), (0.5, 1.5), flip=True)
+    transform = CropTransform((32, 40), (0.5, 1.5))
     images = TrainingImages(source, source.names("train")[:7], transform, 5, "labeled", with_label=True)
     return StepBatches(images, run)
 

@@ -24,8 +24,8 @@ from common.augment.photometric import (
     denormalize,
     draw_photometric,
     normalize,
-    recolor,
 )
+from common.augment.views import recolor_and_flip
 
 __all__ = [
     "Geometry",
@@ -43,5 +43,5 @@ __all__ = [
     "flip_batch",
     "mix_batch",
     "normalize",
-    "recolor",
+    "recolor_and_flip",
 ]

@@ -69,12 +69,6 @@ def apply_photometric_batch(image: Tensor, photometrics: Sequence[Photometric]) 
     return torch.stack([apply_photometric(one, choice) for one, choice in zip(image, photometrics, strict=True)])
 
 
-def recolor(image: Tensor, rngs: Sequence[Generator], ranges: PhotometricRanges = PhotometricRanges()) -> Tensor:
-    """Jitter and blur each of `image` [B,3,H,W], uint8 or float in [0, 1], as its generator says: float in [0, 1]."""
-    image = image / 255 if image.dtype == torch.uint8 else image
-    return apply_photometric_batch(image, [draw_photometric(rng, ranges) for rng in rngs])
-
-
 def normalize(image: Tensor) -> Tensor:
     """`image` [...,3,H,W], uint8 or float in [0, 1], less ImageNet's mean, by its standard deviation."""
     mean, std = imagenet_statistics(image.device)

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.augment import apply_geometry, draw_flip, draw_geometry, flip
+from common.augment import apply_geometry, draw_geometry
 from common.datasets import open_source
 from common.datasets.source import Source
 from common.datasets.splits import Split, read_split
@@ -56,26 +56,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class CropTransform:
-    """Scale, pad, random crop; then, where asked for, a random mirror image. Colours change later, on the device.
+    """Scale, pad, random crop; colours change and images are mirrored later, on the device.
 
     Attributes:
         crop_size: Height and width of the result, pixels.
         scale_range: Of the uniform random scale.
-        flip: Whether half of the images are mirrored.
     """
 
     crop_size: tuple[int, int]
     scale_range: tuple[float, float] = (1.0, 1.0)
-    flip: bool = False
 
     def __call__(
         self, image: torch.Tensor, label: torch.Tensor | None, rng: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         geometry = draw_geometry(rng, image.shape[-2:], self.crop_size, self.scale_range)
-        image, label, _ = apply_geometry(image, label, None, geometry, self.crop_size)
-        if self.flip:
-            image, label, _ = flip(image, label, None, draw_flip(rng))
-        return image, label
+        return apply_geometry(image, label, None, geometry, self.crop_size)[:2]
 
 
 class TrainingImages(Dataset):
