@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/prcl/demo
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test stress lint
 
 setup: $(INSTALLED)
 
@@ -24,6 +24,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Every kill point and every mutated file, with a table of them: half an hour on two cores.
+stress: setup
+	$(BIN)/python -m pytest tests/stress
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,7 +7,7 @@ heads, banks), `state.pt` (optimizer and counters: tensors and plain values, loa
 
 import hashlib
 import json
-import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
+from common.logbook import sync_file
 
 STEP_FOLDER = re.compile(r"step_(\d{8,})")
 RESUME_FILES = ("extra.safetensors", "state.pt")
@@ -74,12 +75,12 @@ def write(
             torch.save(state, temporary / "state.pt")
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         (temporary / "meta.json").write_text(json.dumps(meta | {"files": files}, indent=2) + "\n")
-        for path in temporary.iterdir():
-            _sync(path)
+        for path in (*temporary.iterdir(), temporary):
+            sync_file(path)
         if final.exists():
             final.rename(replaced)  # a folder cannot be renamed over a full one
         temporary.rename(final)
-        _sync(root)
+        sync_file(root)
     except (SafetensorError, RuntimeError) as error:
         # How the two writers report a full disk.
         raise OSError(str(error).splitlines()[0]) from error
@@ -95,7 +96,7 @@ def point(root: Path, name: str, step: int) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(step_folder(root, step).name)
     temporary.replace(root / name)
-    _sync(root)
+    sync_file(root)
 
 
 def prune(root: Path, keep: int, snapshot_every: int) -> None:
@@ -111,7 +112,20 @@ def prune(root: Path, keep: int, snapshot_every: int) -> None:
             for name in RESUME_FILES:
                 (folder / name).unlink(missing_ok=True)
         else:
-            shutil.rmtree(folder)
+            # Renamed first: killed in the middle, this must not leave a folder that looks like a checkpoint.
+            pruned = root / f".pruned_{folder.name}"
+            folder.rename(pruned)
+            shutil.rmtree(pruned)
+
+
+def clean(root: Path) -> None:
+    """Remove what a kill in the middle of writing or pruning left behind."""
+    for pattern in (".writing_*", ".replaced_*", ".pruned_*", ".link_*"):
+        for leftover in root.glob(pattern):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def newest(root: Path) -> Iterator[Checkpoint | str]:
@@ -130,7 +144,7 @@ def read(folder: Path) -> Checkpoint:
     """Load a checkpoint a run can continue from, after checking the size and checksum of every file.
 
     Raises:
-        UserError: a file is missing, truncated or changed.
+        UserError: a file is missing, truncated or changed, or would execute code.
     """
     meta = read_meta(folder)
     for name, expected in meta["files"].items():
@@ -139,9 +153,16 @@ def read(folder: Path) -> Checkpoint:
             raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
         if _fingerprint(path) != expected:
             raise UserError(f"checkpoint {folder} is damaged: {name} is not what was written")
-    extra = _split(load_file(folder / "extra.safetensors"))
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    return Checkpoint(folder, meta, load_file(folder / "model.safetensors"), extra, state)
+    try:
+        extra, model = (load_file(folder / f"{name}.safetensors") for name in ("extra", "model"))
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {str(error).splitlines()[0]}") from None
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"reading it would execute {code[1]}" if code else "it is no file of torch.save"
+        raise UserError(f"checkpoint {folder} is refused: state.pt holds more than tensors, {what}") from None
+    return Checkpoint(folder, meta, model, _split(extra), state)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -152,8 +173,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        meta["step"], meta["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        meta["step"], meta["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder} is not a whole checkpoint: its meta.json is missing or damaged") from None
     return meta
 
@@ -184,11 +205,3 @@ def _split(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Ten
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

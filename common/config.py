@@ -35,6 +35,7 @@ class DataConfig:
         crop_size: Height and width of a training crop, in pixels.
         scale_range: Smallest and largest random scale of a labeled image.
         allow_overlap: Accept images that are in the labeled and in the unlabeled list.
+        skip_bad_files: Take the next image of the list in place of one that cannot be read; by default the run stops.
         workers: Loader processes per training process and stream.
         image_dir: `folder` only: folder of the images, relative to `root`.
         label_dir: `folder` only: folder of the labels, relative to `root`.
@@ -47,6 +48,7 @@ class DataConfig:
     crop_size: tuple[PositiveInt, PositiveInt] = (321, 321)
     scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
     allow_overlap: bool = False
+    skip_bad_files: bool = False
     workers: NonNegativeInt = 4
     image_dir: str = "images"
     label_dir: str = "labels"
@@ -119,6 +121,10 @@ class RunConfig:
         precision: fp32, fp16 or bf16; by default what `accelerate launch` was told.
         device: `auto` takes the GPU where there is one; `cpu`.
         threads: CPU threads of a process; by default the processes of this machine share its cores.
+        deterministic: Only operations that give the same bits twice on one machine: slower on a GPU.
+        max_bad_steps: Steps in a row whose loss or gradient is not finite, after which the run ends; single ones are
+            skipped.
+        timeout: Seconds a process waits for another before it ends; longer than the longest evaluation.
         compile: Compile the student, and losses that have a kernel for it, with torch.compile.
         trackers: Also log to tensorboard or wandb.
     """
@@ -136,6 +142,9 @@ class RunConfig:
     precision: Optional[Literal["fp32", "fp16", "bf16"]] = None
     device: Literal["auto", "cpu"] = "auto"
     threads: Optional[PositiveInt] = None
+    deterministic: bool = False
+    max_bad_steps: PositiveInt = 10
+    timeout: PositiveFloat = 3600
     compile: bool = False
     trackers: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)
 

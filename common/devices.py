@@ -28,6 +28,9 @@ def make_accelerator(config: Any) -> Accelerator:
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
             raise UserError(f"run.trackers names {tracker}, which is not installed: pip install {tracker}")
+    if config.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by CUDA's matrix products
+        torch.use_deterministic_algorithms(True)
     if on_cpu:
         # Launchers set OMP_NUM_THREADS to 1, which would leave all cores but one idle.
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -42,7 +45,7 @@ def make_accelerator(config: Any) -> Accelerator:
             num_steps=config.optim.accumulation, sync_with_dataloader=False
         ),
         # The other processes wait while one writes a checkpoint or has the larger share of an evaluation.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.run.timeout))],
     )
 
 

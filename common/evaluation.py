@@ -70,11 +70,19 @@ def evaluate(
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     confusion = ConfusionMatrix(num_classes, accelerator.device)
     told = _progress(_loader(source, mine, workers, accelerator.device), mine, bar, accelerator.is_main_process)
-    for images, labels in told:
-        images, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in (images, labels))
-        with accelerator.autocast():
-            logits, _ = sum_logits(network, images, tuple(labels.shape[-2:]), protocol)
-        confusion.update(logits.argmax(1), labels)
+    bad: UserError | None = None
+    try:
+        for images, labels in told:
+            images, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in (images, labels))
+            with accelerator.autocast():
+                logits, _ = sum_logits(network, images, tuple(labels.shape[-2:]), protocol)
+            confusion.update(logits.argmax(1), labels)
+    except UserError as error:
+        bad = error
+    # Where one process cannot read a file, all must end: the others would wait for it below.
+    failed = accelerator.reduce(torch.tensor(int(bad is not None), device=accelerator.device), "sum")
+    if failed:
+        raise bad or UserError("another process could not read an image or label of the validation list")
     confusion.matrix = accelerator.reduce(confusion.matrix, "sum")
     return confusion.scores()
 

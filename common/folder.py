@@ -11,7 +11,18 @@ from common.errors import UserError
 from common.logbook import replace_file
 
 # What may differ when a run is continued: it changes weights and scores by no more than the order of sums.
-FREE_KEYS = ("run.dir", "run.keep", "run.trackers", "run.threads", "data.workers")
+FREE_KEYS = (
+    "run.dir",
+    "run.keep",
+    "run.trackers",
+    "run.threads",
+    "run.deterministic",
+    "run.timeout",
+    "data.workers",
+    # What a run that stopped because of them is continued with.
+    "run.max_bad_steps",
+    "data.skip_bad_files",
+)
 
 
 def check_folder(folder: Path, script: str, config: Any) -> None:

@@ -1,6 +1,7 @@
 """What a run tells: `metrics.jsonl`, progress in the terminal (plain lines elsewhere), and Accelerate's trackers."""
 
 import json
+import os
 import sys
 import time
 from datetime import timedelta
@@ -80,6 +81,11 @@ class Logbook:
             # A full disk must not end a run of days.
             self.say(f"warning: {self._path} could not be written ({error.strerror}); going on")
 
+    def sync(self) -> None:
+        """Bring `metrics.jsonl` to the disk: it must not be older than a checkpoint."""
+        if self._path.exists():
+            sync_file(self._path)
+
     def say(self, text: str) -> None:
         """Print a line."""
         self._console.print(text, markup=False)
@@ -102,7 +108,17 @@ def replace_file(path: Path, text: str) -> None:
     """Write a file so that a reader, or a restart, sees the old one or the new one, never half."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text)
+    sync_file(temporary)
     temporary.replace(path)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _step(line: str) -> float:

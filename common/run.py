@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from common import checkpoints
+from common.agreement import Agreement
 from common.config import flatten, to_dict
 from common.devices import make_accelerator, share_batch
 from common.errors import UserError
 from common.folder import check_folder, open_folder
+from common.guard import Buffers, gradients_are_finite, not_finite
 from common.logbook import Logbook
 from common.metrics import Scores
 from common.seeding import derive_seed
@@ -43,6 +45,19 @@ class Parts:
     model: nn.Module
     extra: dict[str, nn.Module]
     optimizer: Any
+
+    def modules(self) -> list[nn.Module]:
+        """The model and the others."""
+        return [self.model, *self.extra.values()]
+
+
+@dataclass
+class Skipped:
+    """What did not count: steps and files so far, and how many bad steps came in a row."""
+
+    steps: int = 0
+    files: int = 0
+    steps_in_a_row: int = 0
 
 
 class Run(AbstractContextManager):
@@ -82,7 +97,10 @@ class Run(AbstractContextManager):
         self._scores: Scores | None = None
         self._parts: Parts | None = None
         self._signal = self._stopping = 0
-        self._cpu_group = torch.distributed.new_group(backend="gloo") if self.processes > 1 else None
+        self._skipped, self._new_skips = Skipped(), (0, 0)
+        self._images: list[str] = []  # of this process in the step at hand
+        self._saved_step = -1
+        self._agreement = Agreement(self.processes, config.run.timeout)
         set_seed(config.run.seed)
 
     @property
@@ -142,6 +160,7 @@ class Run(AbstractContextManager):
                 written.
         """
         self._parts = Parts(model, extra, optimizer)
+        self._buffers = Buffers(self._parts.modules())
         damaged = False
         for checkpoint in checkpoints.newest(self.folder / "checkpoints"):
             if isinstance(checkpoint, str):
@@ -157,6 +176,7 @@ class Run(AbstractContextManager):
         if self.is_main:
             open_folder(self.folder, self.script, self.config)
             self.log.cut(self.step)
+            self._tidy()
         self.accelerator.wait_for_everyone()
         if self.config.run.trackers:
             plain = {key: str(value) for key, value in flatten(to_dict(self.config)).items()}
@@ -174,6 +194,8 @@ class Run(AbstractContextManager):
         """
         self.log.start(self.step, self.total)
         while self.step < self.total:
+            self._images, self._new_skips = [], (0, 0)
+            self._buffers.keep()
             set_seed(derive_seed(self.config.run.seed, "step", self.step, self.rank))
             yield self.step
             if self._stopping:
@@ -190,6 +212,60 @@ class Run(AbstractContextManager):
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of `loss`, scaled for precision and accumulation."""
         self.accelerator.backward(loss)
+
+    def check_batch(self, batch: Any) -> None:
+        """Note the images of a step. A batch that could not be read on any process ends the run on all of them.
+
+        Args:
+            batch: A `Batch`, or the `UserError` of what could not be read.
+
+        Raises:
+            UserError: naming the file; what the steps before have done is saved.
+        """
+        error = batch if isinstance(batch, UserError) else None
+        if any(bad for (bad,) in self._agreement.gather(int(error is not None))):
+            told = self._agreement.gather_words([str(error)] if error else [])
+            self._buffers.put_back()
+            if self._saved_step != self.step:
+                self._write()
+            raise UserError(
+                f"{told[0]}. Stopped before step {self.step + 1}; data.skip_bad_files leaves such files out"
+            )
+        self._images += batch.names
+        self._new_skips = (self._new_skips[0], self._new_skips[1] + len(batch.skipped))
+        if batch.skipped:
+            # Every process tells its own: the counts are added up at the end of the step.
+            print(*(f"warning: skipped: {reason}" for reason in batch.skipped), sep="\n", flush=True)
+
+    def step_optimizer(self, optimizer: Any, losses: dict[str, torch.Tensor]) -> bool:
+        """One optimizer step and no gradients left, or, if a loss or gradient is not finite, none: as if never begun.
+
+        A skipped step leaves weights, buffers (batch norm, banks) and optimizer as they were before it, on all
+        processes. To know costs the one synchronisation a step: what follows is already bound to wait for the gradient.
+
+        Args:
+            optimizer: What `prepare` returned.
+            losses: The terms, 0-d tensors by name.
+
+        Returns:
+            Whether the weights changed: what follows them (teacher, banks) is to be updated only then.
+
+        Raises:
+            UserError: `run.max_bad_steps` bad ones in a row.
+        """
+        wrong = self._wrong(optimizer, losses)
+        if not wrong:
+            optimizer.step()
+            # fp16 skips steps to find its scale; below 1 there is none to be found.
+            if optimizer.step_was_skipped and self.accelerator.scaler.get_scale() < 1:
+                wrong = ["gradient"]
+        lr = optimizer.param_groups[0]["lr"]
+        optimizer.zero_grad()
+        if wrong:
+            self._skip_step(wrong, lr)
+            return False
+        self._skipped.steps_in_a_row = 0
+        return not optimizer.step_was_skipped
 
     def share_statistics(self, *networks: nn.Module) -> None:
         """Average running batch-norm statistics over processes where SyncBatchNorm does not exist (CPU)."""
@@ -218,18 +294,23 @@ class Run(AbstractContextManager):
             What was logged; nothing after most steps.
         """
         self.step += 1
-        self._stopping = self._agree_on_signal()
+        signals, steps, files = zip(*self._agreement.gather(self._signal, *self._new_skips))
+        self._stopping = max(signals)  # of any process: all must stop after the same step
         self.log.advance(self.step)
-        if self.step % self.config.run.log_every and self.step != self.total:
+        if steps[0] or any(files):
+            self._skipped.steps += steps[0]
+            self._skipped.files += sum(files)
+            self.log.write(
+                {"step": self.step, "skipped_steps": self._skipped.steps, "skipped_files": self._skipped.files}
+            )
+        due = self.step % self.config.run.log_every == 0 or self.step == self.total
+        if not due or steps[0]:
             return {}
         scalars = [torch.as_tensor(value, dtype=torch.float32, device=self.device) for value in values.values()]
         means = self.accelerator.reduce(torch.stack(scalars).detach(), "mean").tolist()
-        wrong = [name for name, mean in zip(values, means) if not math.isfinite(mean)]
-        if wrong:
-            raise UserError(
-                f"step {self.step}: {', '.join(wrong)} is not finite; lower optim.lr or give another run.precision"
-            )
-        numbers = self.log.losses(self.step, dict(zip(values, means)), images)
+        # The losses are finite; of what is only watched, a number that is none has no place in JSON.
+        shown = {name: mean for name, mean in zip(values, means) if math.isfinite(mean)}
+        numbers = self.log.losses(self.step, shown, images)
         if self.config.run.trackers:
             self.accelerator.log(numbers, step=self.step)
         return numbers
@@ -303,18 +384,66 @@ class Run(AbstractContextManager):
         if self.accelerator.scaler is not None and checkpoint.state["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self._best = checkpoint.meta["step"], checkpoint.state["best"]
+        self._saved_step = self.step
+        self._skipped = Skipped(**checkpoint.state.get("skipped", {}))
+
+    def _wrong(self, optimizer: Any, losses: dict[str, torch.Tensor]) -> list[str]:
+        """Names of what is not finite on any process; the same answer on all of them."""
+        finite = {name: loss.detach().isfinite().all() for name, loss in losses.items()}
+        if self.accelerator.scaler is None:  # gradients in fp16 are scaled, and checked by the scaler
+            finite["gradient"] = gradients_are_finite(optimizer)
+        finite["running statistics"] = self._buffers.are_finite().to(self.device)
+        found = self._agreement.gather(*torch.stack(list(finite.values())).int().tolist())
+        return [name for name, fine in zip(finite, zip(*found)) if not all(fine)]
+
+    def _skip_step(self, wrong: list[str], lr: float) -> None:
+        self._buffers.put_back()
+        self._skipped.steps_in_a_row += 1
+        self._new_skips = (1, self._new_skips[1])
+        row, most = self._skipped.steps_in_a_row, self.config.run.max_bad_steps
+        images = self._agreement.gather_words(self._images)
+        told = (
+            f"step {self.step + 1}: {', '.join(wrong)} not finite, learning rate {lr:.3g}, images {', '.join(images)}"
+        )
+        if row >= most:
+            raise UserError(
+                f"{told};\n{row} bad steps in a row (run.max_bad_steps): lower optim.lr or give another run.precision"
+            )
+        self.log.say(f"warning: {told}; skipped ({row} in a row, {most} end the run)")
 
     def _save(self, resumable: bool) -> None:
-        if self.is_main:
-            root = self.folder / "checkpoints"
-            try:
-                self._write_checkpoint(root, resumable)
-                if resumable:
-                    self._point_and_prune(root)
-            except OSError as error:
-                # A full disk must not end a run of days: it goes on, and the older checkpoint stands.
-                self.log.say(f"warning: no checkpoint of step {self.step} ({error.strerror or error}); going on")
+        broken = not_finite(self._parts.model.state_dict())
+        if broken:
+            raise UserError(
+                f"step {self.step}: {broken[0]} of the network is not finite, so nothing is saved over what was;\n"
+                "lower optim.lr, or give another run.precision, in another run.dir"
+            )
+        self._write(resumable)
         self.accelerator.wait_for_everyone()
+
+    def _write(self, resumable: bool = True) -> None:
+        if not self.is_main:
+            return
+        root = self.folder / "checkpoints"
+        try:
+            self.log.sync()
+            self._write_checkpoint(root, resumable)
+            if resumable:
+                self._saved_step = self.step
+                self._point_and_prune(root)
+        except OSError as error:
+            # A full disk must not end a run of days: it goes on, and the older checkpoint stands.
+            self.log.say(f"warning: no checkpoint of step {self.step} ({error.strerror or error}); going on")
+
+    def _tidy(self) -> None:
+        """Finish what a kill in the middle of saving left: temporary folders, links of the checkpoint before."""
+        root = self.folder / "checkpoints"
+        try:
+            checkpoints.clean(root)
+            if self.step:
+                self._point_and_prune(root)
+        except OSError as error:
+            self.log.say(f"warning: {root} could not be tidied ({error.strerror or error}); going on")
 
     def _write_checkpoint(self, root: Path, resumable: bool) -> None:
         parts, scaler = self._parts, self.accelerator.scaler
@@ -326,6 +455,7 @@ class Run(AbstractContextManager):
             "optimizer": parts.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "best": self._best,
+            "skipped": asdict(self._skipped),
         }
         checkpoints.write(root, self._meta(), parts.model.state_dict(), extra, state)
 
@@ -352,12 +482,3 @@ class Run(AbstractContextManager):
             self._signal, self._signal_time = number, now
         elif now - self._signal_time > REPEAT_SECONDS:
             os._exit(128 + number)
-
-    def _agree_on_signal(self) -> int:
-        """The signal that any process got, 0 for none: all must stop after the same step."""
-        if self._cpu_group is None:
-            return self._signal
-        # A group on the CPU: asking on the GPU would wait for it every step.
-        flag = torch.tensor(self._signal)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=self._cpu_group)
-        return int(flag)

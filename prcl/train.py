@@ -282,19 +282,17 @@ def train(config: Config, run: Run) -> None:
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
+            losses = {"loss": loss, "loss_supervised": supervised}
+            losses |= {"loss_unsupervised": unsupervised, "loss_contrastive": contrastive}
+            stepped = run.step_optimizer(optimizer, losses)
         with record_function("teacher update"):
-            if not optimizer.step_was_skipped:  # fp16 skips a step whose gradients overflow
+            if stepped:
                 update_teacher(teacher, network.segmenter, ema_decay(step, method.alpha))
-            run.share_statistics(network, teacher)
+                run.share_statistics(network, teacher)
 
         logged = run.finish_step(
-            {
-                "loss": loss,
-                "loss_supervised": supervised,
-                "loss_unsupervised": unsupervised,
-                "loss_contrastive": contrastive,
+            losses
+            | {
                 "contrastive_weight": weight,
                 "confident": (confidence >= method.un_threshold).float().mean(),
                 "sigma": output["sigma"].mean(),

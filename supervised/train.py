@@ -80,9 +80,8 @@ def train(config: Config, run: Run) -> None:
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
-        run.share_statistics(network)
+            if run.step_optimizer(optimizer, {"loss": loss}):
+                run.share_statistics(network)
 
         run.finish_step({"loss": loss, "lr": optimizer.param_groups[0]["lr"]}, images=optim.batch_size)
         if run.evaluates:

@@ -1,14 +1,51 @@
 """Options of the test run, and a small built-in dataset with the arguments that train on it in seconds."""
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
 
 from common.datasets.shapes import make_shapes
 
-PAPERS = ("prcl", "supervised")
+
+@dataclass(frozen=True)
+class Small:
+    """How one training script is tested.
+
+    Attributes:
+        method: Settings of its `method` section that make a run one of seconds.
+        blind: Settings under which the images of a step do not depend on what a network says of them.
+    """
+
+    method: dict[str, Any] = field(default_factory=dict)
+    blind: dict[str, Any] = field(default_factory=dict)
+
+
+# Every training script: what is listed here is trained, killed, continued, fed nonsense and run by two processes.
+SCRIPTS = {
+    "prcl/train.py": Small(
+        method={"num_queries": 8, "num_negatives": 8, "embedding_dim": 8}, blind={"mix_mode": "cutmix"}
+    ),
+    "supervised/train.py": Small(),
+}
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """Settings as arguments of a command line."""
+    return [text for key, value in values.items() for text in (f"--{key}", str(value))]
+
+
+def method_flags(values: dict[str, Any]) -> list[str]:
+    """Settings of the `method` section as arguments of a command line."""
+    return flags({f"method.{key}": value for key, value in values.items()})
+
+
+def module_of(script: str) -> str:
+    """`prcl/train.py` as it is imported."""
+    return script.removesuffix(".py").replace("/", ".")
 
 
 def pytest_addoption(parser) -> None:
@@ -33,11 +70,11 @@ def shapes_root(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny(shapes_root, tmp_path):
-    """Arguments of a paper's train.py for a run of seconds: `tiny("prcl", "--run.steps", "4")`."""
+    """Arguments of a training script for a run of seconds: `tiny("prcl/train.py", "--run.steps", "4")`."""
     # Two test processes may share the machine; one thread each also makes sums the same everywhere.
     os.environ["OMP_NUM_THREADS"] = "1"
 
-    def arguments(paper: str, *more: str) -> list[str]:
+    def arguments(script: str, *more: str) -> list[str]:
         small = {
             "data.root": shapes_root,
             "data.split": shapes_root / "splits" / "6" / "0",
@@ -52,9 +89,7 @@ def tiny(shapes_root, tmp_path):
             "run.log_every": 1,
             "run.threads": 1,
         }
-        if paper == "prcl":
-            small |= {"method.num_queries": 8, "method.num_negatives": 8, "method.embedding_dim": 8}
-        flat = [text for key, value in small.items() for text in (f"--{key}", str(value))]
-        return ["--config", f"{paper}/configs/demo.json", *flat, *more]
+        config = f"{script.split('/')[0]}/configs/demo.json"
+        return ["--config", config, *flags(small), *method_flags(SCRIPTS[script].method), *more]
 
     return arguments

@@ -13,7 +13,7 @@ import torch
 from common.datasets.loaders import CropTransform, StepBatches, TrainingImages
 from common.datasets.shapes import CLASSES
 from common.datasets.voc import VOC
-from tests.conftest import PAPERS
+from tests.conftest import SCRIPTS
 
 STEPS = 3
 
@@ -36,6 +36,7 @@ def batches(root: Path, processes: int, rank: int, step: int = 0, accumulation: 
         batch_size=total // processes // accumulation,
         step=step,
         device=torch.device("cpu"),
+        check_batch=lambda batch: None,
     )
     source = VOC(root, CLASSES)
     transform = CropTransform((32, 40), (0.5, 1.5))
@@ -108,7 +109,11 @@ with Run(parse(Config, "prcl", arguments), "prcl/train.py") as run:
 def test_unlabeled_images_are_augmented_and_mixed_alike_on_one_and_two_processes(mode, tiny, tmp_path):
     script = tmp_path / "augment.py"
     script.write_text(AUGMENT)
-    arguments = [str(script), str(tmp_path), *tiny("prcl", "--optim.batch_size", "4", "--method.mix_mode", mode)]
+    arguments = [
+        str(script),
+        str(tmp_path),
+        *tiny("prcl/train.py", "--optim.batch_size", "4", "--method.mix_mode", mode),
+    ]
     subprocess.run([sys.executable, *arguments], check=True)
     process = torchrun(*arguments)
     assert process.returncode == 0, process.stderr
@@ -117,10 +122,10 @@ def test_unlabeled_images_are_augmented_and_mixed_alike_on_one_and_two_processes
         assert view.equal(torch.cat(parts))
 
 
-@pytest.mark.parametrize("paper", PAPERS)
-def test_a_run_of_two_processes_trains_and_continues_in_one(paper, tiny, tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_of_two_processes_trains_and_continues_in_one(script, tiny, tmp_path):
     length = ["--run.steps", "4", "--optim.batch_size", "4"]
-    process = torchrun(f"{paper}/train.py", *tiny(paper, *length))
+    process = torchrun(script, *tiny(script, *length))
     assert process.returncode == 0, process.stderr
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -131,7 +136,7 @@ def test_a_run_of_two_processes_trains_and_continues_in_one(paper, tiny, tmp_pat
     for path in sorted((run / "checkpoints" / "step_00000004").iterdir()):
         path.unlink()
     (run / "checkpoints" / "step_00000004").rmdir()
-    again = subprocess.run([sys.executable, f"{paper}/train.py", *tiny(paper, *length)], capture_output=True, text=True)
+    again = subprocess.run([sys.executable, script, *tiny(script, *length)], capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "after step 3 of 4" in again.stdout
     continued = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

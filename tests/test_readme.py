@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from common.datasets.shapes import make_shapes
+from tests.conftest import SCRIPTS, method_flags
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")])
@@ -19,7 +20,6 @@ LAUNCHER = re.compile(r"^(accelerate launch|torchrun|python)( --\S+( [\w.]+)?)*?
 SMALL_DATA = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--data.allow_overlap", "true"]
 SMALL_MODEL = ["--model.backbone", "resnet18", "--model.channels", "8", "--model.pretrained", "false"]
 SMALL_RUN = ["--optim.batch_size", "2", "--run.steps", "2", "--run.eval_every", "2", "--run.threads", "1"]
-SMALL_PRCL = ["--method.num_queries", "8", "--method.num_negatives", "8", "--method.embedding_dim", "8"]
 
 
 def commands() -> list[str]:
@@ -79,9 +79,9 @@ def shortened(arguments: list[str]) -> list[str]:
         return [*arguments, "--repeats", "1"]
     if arguments[0].endswith("step.py"):
         return [*arguments, "--steps", "1", *SMALL_DATA, *SMALL_RUN, "--run.steps", "6"]
-    if not arguments[0].endswith("train.py"):
+    if arguments[0] not in SCRIPTS:
         return ["2-" if text == "300-" else text for text in arguments]
-    small = [*SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, *(SMALL_PRCL if arguments[0].startswith("prcl") else [])]
+    small = [*SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, *method_flags(SCRIPTS[arguments[0]].method)]
     return arguments + small
 
 
@@ -109,7 +109,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make ")])
 def test_command(command, project, monkeypatch, capsys):
     arguments = without_launcher(command)
-    if arguments[0].endswith("train.py"):
+    if arguments[0] in SCRIPTS:
         make_split_for(arguments, project, monkeypatch)
         shutil.rmtree(project / "runs", ignore_errors=True)
     make_run_for(arguments[0], project, monkeypatch)
@@ -126,7 +126,7 @@ def test_make_target_exists(command):
 
 def test_the_demo_is_launched_by_accelerate(tiny, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    arguments = tiny("prcl", "--run.steps", "2")
+    arguments = tiny("prcl/train.py", "--run.steps", "2")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*launcher, "prcl/train.py", *arguments], check=True, cwd=ROOT, env=environment, capture_output=True)
     assert (tmp_path / "run" / "checkpoints" / "last").exists()

@@ -12,21 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from tests.conftest import PAPERS
+from tests.conftest import SCRIPTS, module_of
+from tests.killing import assert_same_run, everything, metrics, same
 
-every_paper = pytest.mark.parametrize("paper", PAPERS)
-UNREPEATABLE = ("images_per_second",)
-
-
-def train(paper: str, arguments: list[str]) -> None:
-    importlib.import_module(f"{paper}.train").main(arguments)
+every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
-def spawn(paper: str, arguments: list[str], **options) -> subprocess.Popen:
+def train(script: str, arguments: list[str]) -> None:
+    importlib.import_module(module_of(script)).main(arguments)
+
+
+def spawn(script: str, arguments: list[str], **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, f"{paper}/train.py", *arguments],
+        [sys.executable, script, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -34,27 +33,9 @@ def spawn(paper: str, arguments: list[str], **options) -> subprocess.Popen:
     )
 
 
-def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in UNREPEATABLE} for line in lines]
-
-
-def weights(folder: Path) -> dict:
-    last = folder / "checkpoints" / "last"
-    mapped = load_file(last / "model.safetensors") | load_file(last / "extra.safetensors")
-    return {name: tensor.clone() for name, tensor in mapped.items()}  # the file may be truncated later
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(first[name].equal(second[name]) for name in first)
-    assert metrics(one) == metrics(other)
-
-
-@every_paper
-def test_a_run_leaves_what_is_documented(paper, tiny, tmp_path, capsys):
-    train(paper, tiny(paper))
+@every_script
+def test_a_run_leaves_what_is_documented(script, tiny, tmp_path, capsys):
+    train(script, tiny(script))
     run = tmp_path / "run"
     assert json.loads((run / "config.json").read_text())["run"]["steps"] == 6
     lines = metrics(run)
@@ -67,9 +48,9 @@ def test_a_run_leaves_what_is_documented(paper, tiny, tmp_path, capsys):
     assert "mIoU" in capsys.readouterr().out
 
 
-@every_paper
-def test_only_the_newest_checkpoints_and_the_best_are_kept_and_snapshots_stay(paper, tiny, tmp_path):
-    train(paper, tiny(paper, "--run.keep", "1", "--run.snapshot_every", "1", "--run.eval_every", "6"))
+@every_script
+def test_only_the_newest_checkpoints_and_the_best_are_kept_and_snapshots_stay(script, tiny, tmp_path):
+    train(script, tiny(script, "--run.keep", "1", "--run.snapshot_every", "1", "--run.eval_every", "6"))
     checkpoints = tmp_path / "run" / "checkpoints"
     folders = sorted(path.name for path in checkpoints.glob("step_*"))
     assert folders == [f"step_0000000{step}" for step in range(1, 7)]
@@ -77,22 +58,22 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept_and_snapshots_stay(pa
     assert resumable == ["step_00000006"]
 
 
-@every_paper
-def test_the_same_command_on_a_finished_run_changes_nothing(paper, tiny, tmp_path):
-    train(paper, tiny(paper))
-    before = metrics(tmp_path / "run"), weights(tmp_path / "run")
-    train(paper, tiny(paper))
-    after = metrics(tmp_path / "run"), weights(tmp_path / "run")
+@every_script
+def test_the_same_command_on_a_finished_run_changes_nothing(script, tiny, tmp_path):
+    train(script, tiny(script))
+    before = metrics(tmp_path / "run"), everything(tmp_path / "run")
+    train(script, tiny(script))
+    after = metrics(tmp_path / "run"), everything(tmp_path / "run")
     assert before[0] == after[0]
-    assert all(before[1][name].equal(after[1][name]) for name in before[1])
+    assert same(before[1], after[1])
 
 
-@every_paper
-def test_a_run_stopped_by_a_signal_continues_to_the_same_bits(paper, tiny, tmp_path):
-    whole = tiny(paper, "--run.dir", str(tmp_path / "whole"), "--run.steps", "8")
-    stopped = tiny(paper, "--run.dir", str(tmp_path / "stopped"), "--run.steps", "8", "--run.save_every", "8")
+@every_script
+def test_a_run_stopped_by_a_signal_continues_to_the_same_bits(script, tiny, tmp_path):
+    whole = tiny(script, "--run.dir", str(tmp_path / "whole"), "--run.steps", "8")
+    stopped = tiny(script, "--run.dir", str(tmp_path / "stopped"), "--run.steps", "8", "--run.save_every", "8")
     whole += ["--run.save_every", "8"]
-    process = spawn(paper, [*stopped, "--data.workers", "1"], start_new_session=True)
+    process = spawn(script, [*stopped, "--data.workers", "1"], start_new_session=True)
     wait_for(tmp_path / "stopped" / "metrics.jsonl", '"step": 2')
     os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a cluster does: the loader's workers get it too
     output, _ = process.communicate(timeout=60)
@@ -100,21 +81,9 @@ def test_a_run_stopped_by_a_signal_continues_to_the_same_bits(paper, tiny, tmp_p
     assert "stopped after step" in output
     assert "Traceback" not in output
     assert 2 <= metrics(tmp_path / "stopped")[-1]["step"] < 8
-    train(paper, stopped)
-    train(paper, whole)
+    train(script, stopped)
+    train(script, whole)
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-
-
-@every_paper
-def test_a_killed_run_continues_from_its_last_checkpoint_to_the_same_bits(paper, tiny, tmp_path):
-    killed = tiny(paper, "--run.dir", str(tmp_path / "killed"), "--run.steps", "8")
-    process = spawn(paper, killed)
-    wait_for(tmp_path / "killed" / "metrics.jsonl", '"step": 3')
-    process.kill()
-    process.wait()
-    train(paper, killed)
-    train(paper, tiny(paper, "--run.dir", str(tmp_path / "whole"), "--run.steps", "8"))
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def wait_for(path: Path, text: str) -> None:
@@ -125,13 +94,13 @@ def wait_for(path: Path, text: str) -> None:
 
 
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(tiny, tmp_path, capsys):
-    train("supervised", tiny("supervised"))
-    expected = weights(tmp_path / "run"), metrics(tmp_path / "run")
+    train("supervised/train.py", tiny("supervised/train.py"))
+    expected = everything(tmp_path / "run"), metrics(tmp_path / "run")
     with open(tmp_path / "run" / "checkpoints" / "step_00000006" / "model.safetensors", "r+b") as file:
         file.truncate(100)
-    train("supervised", tiny("supervised"))
+    train("supervised/train.py", tiny("supervised/train.py"))
     assert "is damaged" in capsys.readouterr().out
-    assert all(expected[0][name].equal(tensor) for name, tensor in weights(tmp_path / "run").items())
+    assert same(expected[0], everything(tmp_path / "run"))
     assert metrics(tmp_path / "run") == expected[1]
 
 
@@ -142,13 +111,13 @@ def limit_file_size() -> None:
 
 
 def test_a_full_disk_costs_checkpoints_but_not_the_run(tiny, tmp_path):
-    process = spawn("supervised", tiny("supervised"), preexec_fn=limit_file_size)
+    process = spawn("supervised/train.py", tiny("supervised/train.py"), preexec_fn=limit_file_size)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert "warning: no checkpoint of step 2" in output
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     assert metrics(tmp_path / "run")[-1]["step"] == 6
-    train("supervised", tiny("supervised"))
+    train("supervised/train.py", tiny("supervised/train.py"))
     assert (tmp_path / "run" / "checkpoints" / "best").exists()
 
 
@@ -156,28 +125,30 @@ def test_labels_of_unlabeled_images_need_not_exist(shapes_root, tiny, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(shapes_root, root)
     # The split is made on first use, so the labels go after a first run.
-    arguments = tiny("prcl", "--data.root", str(root), "--data.split", str(root / "splits" / "6" / "0"))
-    train("prcl", [*arguments, "--run.dir", str(tmp_path / "first")])
+    arguments = tiny("prcl/train.py", "--data.root", str(root), "--data.split", str(root / "splits" / "6" / "0"))
+    train("prcl/train.py", [*arguments, "--run.dir", str(tmp_path / "first")])
     for name in (root / "splits" / "6" / "0" / "unlabeled_filename.txt").read_text().split():
         (root / "SegmentationClassAug" / f"{name}.png").unlink()
-    train("prcl", arguments)
+    train("prcl/train.py", arguments)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "first")
 
 
 def test_tensorboard_gets_the_log(tiny, tmp_path):
     pytest.importorskip("tensorboard")
-    train("supervised", tiny("supervised", "--run.trackers", '["tensorboard"]'))
+    train("supervised/train.py", tiny("supervised/train.py", "--run.trackers", '["tensorboard"]'))
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny, capsys):
-    message = refused("supervised", tiny("supervised", "--optim.lr", "1e30"), capsys)
-    assert "loss is not finite" in message
+    message = refused(
+        "supervised/train.py", tiny("supervised/train.py", "--optim.lr", "1e30", "--run.max_bad_steps", "2"), capsys
+    )
+    assert "loss, gradient" in message and "2 bad steps in a row" in message
 
 
-def refused(paper: str, arguments: list[str], capsys) -> str:
+def refused(script: str, arguments: list[str], capsys) -> str:
     with pytest.raises(SystemExit) as stop:
-        train(paper, arguments)
+        train(script, arguments)
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
@@ -186,11 +157,11 @@ def refused(paper: str, arguments: list[str], capsys) -> str:
 
 
 def test_a_folder_of_another_config_or_script_is_refused_and_left_alone(tiny, tmp_path, capsys):
-    train("supervised", tiny("supervised"))
+    train("supervised/train.py", tiny("supervised/train.py"))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    message = refused("supervised", tiny("supervised", "--optim.lr", "0.5"), capsys)
+    message = refused("supervised/train.py", tiny("supervised/train.py", "--optim.lr", "0.5"), capsys)
     assert "optim.lr (0.001 there, 0.5 now)" in message
-    assert "supervised/train.py" in refused("prcl", tiny("prcl"), capsys)
+    assert "supervised/train.py" in refused("prcl/train.py", tiny("prcl/train.py"), capsys)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
@@ -215,11 +186,11 @@ def test_a_folder_of_another_config_or_script_is_refused_and_left_alone(tiny, tm
     ],
 )
 def test_what_a_user_gets_wrong_is_told_before_training(arguments, told, tiny, tmp_path, capsys):
-    message = refused("supervised", tiny("supervised", *arguments), capsys)
+    message = refused("supervised/train.py", tiny("supervised/train.py", *arguments), capsys)
     assert told in message
     assert not (tmp_path / "run").exists()
 
 
 def test_accumulated_passes_count_as_one_step(tiny, tmp_path):
-    train("supervised", tiny("supervised", "--optim.batch_size", "4", "--optim.accumulation", "2"))
+    train("supervised/train.py", tiny("supervised/train.py", "--optim.batch_size", "4", "--optim.accumulation", "2"))
     assert metrics(tmp_path / "run")[-1]["step"] == 6

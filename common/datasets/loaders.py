@@ -36,12 +36,14 @@ class Batch:
         label: int64 [B,H,W], 255 = ignore; None in the unlabeled stream.
         names: Ids of the images.
         positions: Their positions in the stream: what random numbers of later augmentation are derived from.
+        skipped: What was wrong with images that others stand in for.
     """
 
     image: torch.Tensor
     label: torch.Tensor | None
     names: list[str]
     positions: list[int]
+    skipped: tuple[str, ...] = ()
 
     def pin_memory(self) -> "Batch":
         """What a loader calls for a GPU: copies from page-locked memory do not wait."""
@@ -95,22 +97,28 @@ class TrainingImages(Dataset):
         self.seed, self.stream, self.with_label = seed, stream, with_label
         if not names:
             raise UserError(f"the {stream} list is empty: there is nothing to train on")
-        check_files(source, names, with_label)
+        if not source.skip_bad_files:
+            check_files(source, names, with_label)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, key: tuple[int, int]) -> "Batch | UserError":
         index, position = key
-        name = self.names[index]
-        try:
-            image, label = self.source.read_pair(name) if self.with_label else (self.source.read_image(name), None)
-        except UserError as error:
-            # Raised here it would reach the user as a worker's traceback; `StepBatches` raises it in the main process.
-            return error
-        rng = generator(self.seed, self.stream, position)
-        image, label = self.transform(image, label, rng)
-        return Batch(image, label, [name], [position])
+        bad: list[UserError] = []
+        # Where bad files are skipped, the next image of the list stands in: the same one on any number of processes.
+        for following in range(len(self.names) if self.source.skip_bad_files else 1):
+            name = self.names[(index + following) % len(self.names)]
+            try:
+                image, label = self.source.read_pair(name) if self.with_label else (self.source.read_image(name), None)
+            except UserError as error:
+                bad.append(error)
+                continue
+            rng = generator(self.seed, self.stream, position)
+            image, label = self.transform(image, label, rng)
+            return Batch(image, label, [name], [position], tuple(map(str, bad)))
+        # Raised here it would reach the user as a worker's traceback; the run raises it in the main process.
+        return bad[0]
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -159,7 +167,7 @@ class StepBatches:
             len(images), run.batch_size, run.processes, run.rank, run.step * accumulation, images.seed, images.stream
         )
         workers = run.config.data.workers
-        self._device = run.device
+        self._run = run
         self._loader = DataLoader(
             images,
             batch_sampler=sampler,
@@ -173,9 +181,8 @@ class StepBatches:
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        if isinstance(batch, UserError):
-            raise batch
-        return batch.to(self._device)
+        self._run.check_batch(batch)
+        return batch.to(self._run.device)
 
     def __iter__(self) -> "StepBatches":
         return self
@@ -191,6 +198,7 @@ def open_data(config: Any, accelerator: Accelerator) -> tuple[Source, Split]:
     data = config.data
     with accelerator.main_process_first():  # the built-in data are made by one process
         source = open_source(data)
+        source.skip_bad_files = data.skip_bad_files
         split = read_split(data.split, data.allow_overlap, data.dataset, data.root)
     if len(source.classes) != config.model.num_classes:
         raise UserError(
@@ -240,4 +248,5 @@ def _collate(items: "list[Batch | UserError]") -> "Batch | UserError":
         None if labels[0] is None else torch.stack(labels),
         [name for item in items for name in item.names],
         [position for item in items for position in item.positions],
+        tuple(reason for item in items for reason in item.skipped),
     )

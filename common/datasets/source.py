@@ -27,11 +27,13 @@ class Source(ABC):
         classes: names; the index is the class id inside the project.
         palette: uint8 [256, 3], the colours of class ids in pictures.
         layout: which tree was found, in words.
+        skip_bad_files: whether training goes on without files that cannot be read.
     """
 
     classes: tuple[str, ...]
     palette: np.ndarray
     layout: str
+    skip_bad_files = False
 
     @abstractmethod
     def names(self, subset: Subset) -> list[str]:
