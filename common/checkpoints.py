@@ -181,7 +181,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def _resume_files_listed(folder: Path) -> bool:
     try:
-        return "state.pt" in read_meta(folder)["files"] and (folder / "state.pt").exists()
+        # A snapshot has lost both; one that is missing alone was not pruned.
+        return "state.pt" in read_meta(folder)["files"] and any((folder / name).exists() for name in RESUME_FILES)
     except UserError:
         return True  # damaged: `newest` reports it
 

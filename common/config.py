@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Optional, TypeVar, Union
+from typing import Any, Literal, Optional, TypeVar, Union, get_args, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -158,6 +158,18 @@ class SharedConfig:
 
 
 T = TypeVar("T")
+
+# What only a slip of the hand goes beyond; it would end in a machine without memory.
+LARGEST = 2**31 - 1
+LIMITS = {
+    "data.crop_size": 2**14,
+    "data.workers": 2**10,
+    "model.channels": 2**14,
+    "model.rates": 2**10,
+    "optim.batch_size": 2**16,
+    "run.seed": 2**32 - 1,
+    "run.threads": 2**12,
+}
 
 
 def parse(config_class: type[T], paper: str, argv: list[str] | None = None) -> T:
@@ -302,9 +314,18 @@ def _check_keys(config_class: type, values: dict[str, Any], path: str | Path, pr
 
 
 def _check_values(config: Any) -> None:
+    for part in dataclasses.fields(config):
+        section = getattr(config, part.name)
+        for key, kind in get_type_hints(type(section)).items():
+            if getattr(section, key) is None and type(None) not in get_args(kind):
+                raise UserError(f"{part.name}.{key} is null; leave it out for its default")
     for key, value in flatten(to_dict(config)).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key} is {value}; it must be a finite number")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{key} is {number}; it must be a finite number")
+            most = LIMITS.get(key, LARGEST)
+            if isinstance(number, int) and abs(number) > most:
+                raise UserError(f"{key} is {number}; the most is {most}")
     for section in ("data", "method"):
         low, high = getattr(getattr(config, section), "scale_range", (1, 1))
         if low > high:

@@ -15,7 +15,7 @@ LOST = (
     "NCCL communicator was aborted",
 )
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-LAUNCHER_SECONDS = 3.0
+LAUNCHER_SECONDS = 10.0
 
 
 class UserError(Exception):

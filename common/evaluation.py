@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from common import IGNORE
 from common.datasets.loaders import ignore_signals
-from common.datasets.source import Source
+from common.datasets.source import Source, picture_size
 from common.datasets.splits import Split
 from common.errors import UserError
 from common.inference import Protocol, predict, sum_logits
@@ -185,12 +184,7 @@ def _same_size_batches(source: Source, names: Sequence[str], batch_size: int | N
     """Names grouped by the size in the image's header, in batches."""
     sizes: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        path = source.image_path(name)
-        try:
-            with Image.open(path) as header:
-                sizes.setdefault(header.size, []).append(name)
-        except OSError:
-            raise UserError(f"image {path} cannot be read: it is damaged or no image") from None
+        sizes.setdefault(picture_size(source.image_path(name), "image"), []).append(name)
     batches = []
     for (width, height), group in sizes.items():
         count = batch_size or max(1, PIXELS_AT_ONCE // (width * height))

@@ -10,6 +10,8 @@ from accelerate.state import AcceleratorState
 
 from common.datasets.shapes import make_shapes
 
+ROOT = Path(__file__).parent.parent
+
 
 @dataclass(frozen=True)
 class Small:
@@ -89,7 +91,7 @@ def tiny(shapes_root, tmp_path):
             "run.log_every": 1,
             "run.threads": 1,
         }
-        config = f"{script.split('/')[0]}/configs/demo.json"
-        return ["--config", config, *flags(small), *method_flags(SCRIPTS[script].method), *more]
+        config = ROOT / script.split("/")[0] / "configs" / "demo.json"
+        return ["--config", str(config), *flags(small), *method_flags(SCRIPTS[script].method), *more]
 
     return arguments

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +15,13 @@ import torch
 from common.datasets.loaders import CropTransform, StepBatches, TrainingImages
 from common.datasets.shapes import CLASSES
 from common.datasets.voc import VOC
-from tests.conftest import SCRIPTS
+from tests.children import start, start_two
+from tests.conftest import SCRIPTS, method_flags
+from tests.killing import same
+from tests.watching import record
 
 STEPS = 3
+FOUR = ["--optim.batch_size", "4"]
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess:
@@ -120,6 +126,62 @@ def test_unlabeled_images_are_augmented_and_mixed_alike_on_one_and_two_processes
     whole, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     for view, parts in zip(whole, zip(first, second)):
         assert view.equal(torch.cat(parts))
+
+
+def seen(folder: Path, processes: int) -> tuple[list, list, list[dict]]:
+    """Of a recorded run: batches and inputs of each step, parts of the processes joined, and what each held at last."""
+    parts = [torch.load(folder / f"{processes}_{rank}.pt") for rank in range(processes)]
+    batches = [
+        ([name for names, _ in step for name in names], torch.cat([image for _, image in step]))
+        for step in zip(*(part["batches"] for part in parts))
+    ]
+    inputs = [[torch.cat(images) for images in zip(*step)] for step in zip(*(part["inputs"] for part in parts))]
+    return batches, inputs, [part["end"] for part in parts]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_and_two_processes_see_the_same_also_where_one_continues_the_other(script, tiny, tmp_path):
+    """Images, augmentation and mixing partners; and what the two processes hold in the end is equal on both."""
+    length = [
+        "--run.steps",
+        "2",
+        "--run.save_every",
+        "1",
+        "--run.keep",
+        "9",
+        *FOUR,
+        *method_flags(SCRIPTS[script].blind),
+    ]
+    one, two = (tiny(script, *length, "--run.dir", str(tmp_path / name)) for name in ("one", "two"))
+    log, recorded = tmp_path / "log", partial(record, tmp_path)
+    start(script, one, log, recorded).finish()
+    for child in start_two(script, two, log, (recorded, recorded)):
+        child.finish()
+    batches, inputs, _ = seen(tmp_path, 1)
+    shared_batches, shared_inputs, (first, second) = seen(tmp_path, 2)
+    assert same(batches, shared_batches)
+    assert same(inputs, shared_inputs)
+    assert same(first, second)
+
+    # Each continues what the other has begun.
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        shutil.rmtree(folder / "checkpoints" / "step_00000002")
+    one[-1], two[-1] = two[-1], one[-1]
+    assert "after step 1 of 2" in start(script, one, log, recorded).finish()
+    for child in start_two(script, two, log, (recorded, recorded)):
+        child.finish()
+    streams = len(batches) // 2
+    assert same(seen(tmp_path, 1)[0], batches[streams:])
+    assert same(seen(tmp_path, 2)[0], batches[streams:])
+    assert same(seen(tmp_path, 1)[1], inputs[1:])
+    assert same(seen(tmp_path, 2)[1], inputs[1:])
+
+
+def test_two_processes_tell_a_mistake_once(tiny):
+    process = torchrun("supervised/train.py", *tiny("supervised/train.py", "--optim.batch_size", "5"))
+    assert process.returncode
+    assert process.stderr.count("error: optim.batch_size 5 cannot be divided over 2 processes") == 1
+    assert process.stderr.count("error: ") == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -7,6 +7,7 @@ position.
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -116,7 +117,7 @@ class TrainingImages(Dataset):
                 continue
             rng = generator(self.seed, self.stream, position)
             image, label = self.transform(image, label, rng)
-            return Batch(image, label, [name], [position], tuple(map(str, bad)))
+            return Batch(image, label, [name], [position], tuple(map(str, bad[:1])))
         # Raised here it would reach the user as a worker's traceback; the run raises it in the main process.
         return bad[0]
 
@@ -216,15 +217,16 @@ def open_data(config: Any, accelerator: Accelerator) -> tuple[Source, Split]:
 
 
 def check_files(source: Source, names: Sequence[str], with_label: bool) -> None:
-    """Make sure before training that every image, and with `with_label` every label, is there.
+    """Make sure before training that every image, and with `with_label` every label, is there and is a picture.
+
+    Only headers are read. `python -m common.check_data` decodes everything.
 
     Raises:
-        UserError: naming the first file that is missing.
+        UserError: naming the first file that is missing or no picture, or both where sizes differ.
     """
-    for name in names:
-        source.image_path(name)
-        if with_label:
-            source.label_path(name)
+    with ThreadPoolExecutor(16) as pool:  # mostly waiting for a disk
+        for _ in pool.map(lambda name: source.check_size(name, with_label), names):
+            pass
 
 
 def ignore_signals(worker: int) -> None:

@@ -62,6 +62,14 @@ class Source(ABC):
     def has_label(self, name: str) -> bool:
         return any(path.is_file() for path in self._label_candidates(name))
 
+    def check_size(self, name: str, with_label: bool) -> None:
+        """Look at the headers of an image and its label. Raises UserError where one is no picture or sizes differ."""
+        image = self.image_path(name)
+        size = picture_size(image, "image")
+        if with_label:
+            label = self.label_path(name)
+            _same_size(image, size, label, picture_size(label, "label"))
+
     def read_image(self, name: str) -> Tensor:
         """uint8 [3, H, W] RGB. Raises UserError for a missing, broken or 16-bit file."""
         path = self.image_path(name)
@@ -70,7 +78,9 @@ class Source(ABC):
                 if picture.mode.startswith("I"):
                     raise UserError(f"image {path} has 16 bits a channel: save it with 8")
                 pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # what Pillow's decoders raise on damaged bytes has no common kind
             raise UserError(f"image {path} cannot be decoded ({_reason(error)}): restore or remove it") from None
         # Not made contiguous: resizing reads this layout faster than planes.
         return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -84,12 +94,26 @@ class Source(ABC):
     def read_pair(self, name: str) -> tuple[Tensor, Tensor]:
         """`read_image` and `read_label`. Raises UserError naming both sizes when they differ."""
         image, label = self.read_image(name), self.read_label(name)
-        if image.shape[1:] != label.shape:
-            raise UserError(
-                f"{self.image_path(name)} is {_size(image)} but its label {self.label_path(name)} is {_size(label)}"
-                " (width x height): they must be the same"
-            )
+        sizes = [(tensor.shape[-1], tensor.shape[-2]) for tensor in (image, label)]
+        _same_size(self.image_path(name), sizes[0], self.label_path(name), sizes[1])
         return image, label
+
+
+def picture_size(path: Path, what: str) -> tuple[int, int]:
+    """Width and height in the header of a picture. Raises UserError, with the word for `what` it is, if it is none."""
+    try:
+        with Image.open(path) as header:
+            return header.size
+    except Exception as error:  # Pillow raises nearly anything on damaged bytes
+        raise UserError(f"{what} {path} cannot be decoded ({_reason(error)}): restore or remove it") from None
+
+
+def _same_size(image: Path, image_size: tuple[int, int], label: Path, label_size: tuple[int, int]) -> None:
+    if image_size != label_size:
+        raise UserError(
+            f"{image} is {'{}x{}'.format(*image_size)} but its label {label} is {'{}x{}'.format(*label_size)}"
+            " (width x height): they must be the same"
+        )
 
 
 def open_label(path: Path) -> Image.Image:
@@ -99,7 +123,7 @@ def open_label(path: Path) -> Image.Image:
             # Pillow stretches grey of 2 and 4 bits to 0..255; the ids would silently become others.
             stretched = picture.mode == "L" and picture.tile[0][3] in ("L;2", "L;4")
             picture.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # as above
         raise UserError(f"label {path} cannot be decoded ({_reason(error)}): restore it") from None
     if stretched:
         raise UserError(f"label {path} has fewer than 8 bits of grey: save it as an 8-bit grey or palette PNG")
@@ -173,10 +197,6 @@ def _first_file(kind: str, name: str, candidates: list[Path]) -> Path:
     base = Path(os.path.commonpath(candidates))
     tried = ", ".join(path.relative_to(base).as_posix() for path in candidates)
     raise UserError(f"no {kind} of {name} below {base}: looked for {tried}")
-
-
-def _size(picture: Tensor) -> str:
-    return f"{picture.shape[-1]}x{picture.shape[-2]}"
 
 
 def _reason(error: Exception) -> str:

@@ -1,0 +1,67 @@
+"""Hooks for runs in child processes: what a run saw and holds, and mishaps at a chosen step."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from common.run import Run
+
+
+def record(folder: Path) -> None:
+    """Write what each process sees to `folder`/<processes>_<rank>.pt, and what its modules hold in the end.
+
+    `batches`: (names, images) as loaded; `inputs`: what the trained network is given; `end`: all tensors.
+    """
+    seen: dict[str, list] = {"batches": [], "inputs": []}
+
+    def check_batch(run: Run, batch) -> None:
+        checked(run, batch)
+        seen["batches"].append((batch.names, batch.image.clone()))
+
+    def given(network, inputs) -> None:
+        if network.training:
+            seen["inputs"].append([tensor.clone() for tensor in inputs])
+
+    def prepare(run: Run, network, optimizer):
+        network.register_forward_pre_hook(given)
+        return prepared(run, network, optimizer)
+
+    def finish(run: Run) -> None:
+        end = {
+            f"{number}.{name}": tensor.clone()
+            for number, module in enumerate(run._parts.modules())
+            for name, tensor in module.state_dict().items()
+        }
+        torch.save(seen | {"end": end}, folder / f"{run.processes}_{run.rank}.pt")
+        finished(run)
+
+    checked, prepared, finished = Run.check_batch, Run.prepare, Run.finish
+    Run.check_batch, Run.prepare, Run.finish = check_batch, prepare, finish
+
+
+def spoil_gradient(step: int) -> None:
+    """Let this process's gradient of one step be NaN, after a forward that is as always."""
+
+    def backward(run: Run, loss: torch.Tensor) -> None:
+        done(run, loss * float("nan") if run.step == step else loss)
+
+    done, Run.backward = Run.backward, backward
+
+
+def spoil_files(step: int, paths: list[Path]) -> None:
+    """Truncate files after a step."""
+
+    def finish_step(run: Run, *arguments, **named) -> None:
+        finished(run, *arguments, **named)
+        if run.step == step:
+            for path in paths:
+                path.write_bytes(path.read_bytes()[:50])
+
+    finished, Run.finish_step = Run.finish_step, finish_step
+
+
+def both(*hooks: Callable[[], None]) -> None:
+    """Several hooks in one."""
+    for hook in hooks:
+        hook()
