@@ -37,7 +37,8 @@ def told(main: Callable[..., None]) -> Callable[..., None]:
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
                 _end("not enough memory: lower optim.batch_size (or raise optim.accumulation) or data.crop_size", 2)
-            if any(words in str(error) for words in LOST):
+            several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+            if several and any(words in str(error) for words in LOST):
                 _say(
                     f"process {os.environ.get('RANK', 0)}: another process of this run ended or does not answer; "
                     "the same command continues the run from its last checkpoint"

@@ -99,7 +99,7 @@ class Run(AbstractContextManager):
         self._signal = self._stopping = 0
         self._skipped, self._new_skips = Skipped(), (0, 0)
         self._images: list[str] = []  # of this process in the step at hand
-        self._saved_step = -1
+        self._saved_step = 0
         self._agreement = Agreement(self.processes, config.run.timeout)
         set_seed(config.run.seed)
 
