@@ -7,7 +7,7 @@ scores are too.
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,6 +94,7 @@ def sample_predictions(
     device: torch.device,
     with_label: bool = True,
     threshold: float | None = None,
+    maps: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> Iterator[Sample]:
     """Images, labels, predictions and confidences, one image after the other, for pictures.
 
@@ -105,6 +106,7 @@ def sample_predictions(
         device: Where to predict; the samples are on the CPU.
         with_label: Whether label files are read; those of unlabeled images never are.
         threshold: Confidence from which a prediction is a pseudo-label; None leaves pseudo-labels out.
+        maps: Gives `Sample.maps`, but [1,H,W], of an image [1,3,H,W].
 
     Raises:
         UserError: an image, or a label to be read, is missing or damaged.
@@ -114,23 +116,33 @@ def sample_predictions(
         probability = predict(network, image[None].to(device), tuple(image.shape[-2:]), protocol)[0]
         confidence, prediction = (tensor.cpu() for tensor in probability.max(0))
         pseudo_label = None if threshold is None else prediction.masked_fill(confidence < threshold, IGNORE)
-        yield Sample(name, image, prediction, label, confidence, pseudo_label)
+        more = {} if maps is None else maps(image[None].to(device))
+        more = {key: values[0].cpu() for key, values in more.items()}
+        yield Sample(name, image, prediction, label, confidence, pseudo_label, more)
 
 
-def save_panel(network: nn.Module, source: Source, split: Split, run: "Run", threshold: float | None = None) -> None:
+def save_panel(
+    network: nn.Module,
+    source: Source,
+    split: Split,
+    run: "Run",
+    threshold: float | None = None,
+    maps: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
+) -> None:
     """Write the picture of an evaluation: some validation images, then some unlabeled ones (without their labels).
 
     The images are the same at every step of a run, so that pictures can be compared. A full disk does not end the run.
 
     Args:
         threshold: Confidence from which a prediction on an unlabeled image is shown as pseudo-label; None shows none.
+        maps: What else to show of an image; see `sample_predictions`.
     """
     if not run.is_main:
         return
     network, protocol = run.accelerator.unwrap_model(network, keep_torch_compile=False), Protocol()
     samples = [
-        *sample_predictions(network, source, _spread(split.valid), protocol, run.device),
-        *sample_predictions(network, source, _spread(split.unlabeled), protocol, run.device, False, threshold),
+        *sample_predictions(network, source, _spread(split.valid), protocol, run.device, maps=maps),
+        *sample_predictions(network, source, _spread(split.unlabeled), protocol, run.device, False, threshold, maps),
     ]
     title = f"{run.folder.name}, step {run.step}: valid, then unlabeled images ({protocol.describe()})"
     path = run.picture_path()

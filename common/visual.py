@@ -3,8 +3,8 @@
 import json
 import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ class Sample:
         label: Class ids [H,W], 255 = ignore; None for an unlabeled image.
         confidence: [H,W] in [0,1].
         pseudo_label: Class ids [H,W], 255 = ignore.
+        maps: What else a paper shows, by the name over its column: class ids [H,W], 255 = ignore.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Sample:
     label: Tensor | None = None
     confidence: Tensor | None = None
     pseudo_label: Tensor | None = None
+    maps: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def colourise(label: Tensor | np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -77,7 +79,7 @@ def compare(sample: Sample, palette: np.ndarray) -> Image.Image:
 
 
 def panel(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str], title: str) -> Image.Image:
-    """Samples in rows: image, label, prediction and, where any sample has them, pseudo-label and confidence.
+    """Samples in rows: image, label, prediction and, where any sample has them, pseudo-label, confidence and maps.
 
     What a sample lacks stays blank. Below stands a legend of the classes that occur.
 
@@ -89,6 +91,7 @@ def panel(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str]
     """
     columns = ["image", "label", "prediction"]
     columns += [name for name in ("pseudo_label", "confidence") if any(getattr(s, name) is not None for s in samples)]
+    columns += dict.fromkeys(name for sample in samples for name in sample.maps)
     heights = [round(TILE * sample.image.shape[1] / sample.image.shape[2]) for sample in samples]
     width = 2 * MARGIN + len(columns) * TILE + (len(columns) - 1) * GAP
     title_font, font, small = (ImageFont.load_default(size) for size in (18, 14, 12))
@@ -119,7 +122,7 @@ def panel(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str]
         draw.rectangle(box, fill=colour, outline=FAINT)
         draw.text((box[2] + 6, y + down + SWATCH / 2), name, INK, font, anchor="lm")
     if "confidence" in columns:
-        _confidence_key(page, draw, lefts[-1], y - 26, small)
+        _confidence_key(page, draw, lefts[columns.index("confidence")], y - 26, small)
     return page
 
 
@@ -187,7 +190,7 @@ def _image(image: Tensor) -> np.ndarray:
 
 
 def _tile(sample: Sample, column: str, palette: np.ndarray, size: tuple[int, int]) -> Image.Image | None:
-    content = getattr(sample, column)
+    content = sample.maps[column] if column in sample.maps else getattr(sample, column, None)
     if content is None:
         return None
     if column == "image":
@@ -212,7 +215,7 @@ def _confidence_key(page: Image.Image, draw: ImageDraw.ImageDraw, left: int, y: 
 
 
 def _legend(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str]) -> list[tuple[str, tuple]]:
-    maps = [m for sample in samples for m in (sample.label, sample.prediction, sample.pseudo_label) if m is not None]
+    maps = [m for s in samples for m in (s.label, s.prediction, s.pseudo_label, *s.maps.values()) if m is not None]
     present = np.unique(np.concatenate([np.unique(np.asarray(m)) for m in maps]))
     colours = _with_ignore(palette)
     names = dict(enumerate(classes)) | {IGNORE: "ignore"}

@@ -64,15 +64,18 @@ def class_mask(label: Tensor, keys: np.ndarray) -> Tensor:
     return kept.gather(1, values).view_as(label)
 
 
-def mix(own: Tensor, partner: Tensor, mask: Tensor) -> Tensor:
-    """`own` where `mask`, else `partner`: both [B,H,W], or [B,C,H,W] with the same mask for every channel."""
+def mix(own: Tensor, partner: Tensor | int, mask: Tensor) -> Tensor:
+    """`own` where `mask`, else `partner`: [B,H,W], or [B,C,H,W] with the same mask for every channel.
+
+    `partner` is such a tensor too, or a number.
+    """
     return torch.where(mask if own.dim() == mask.dim() else mask.unsqueeze(1), own, partner)
 
 
 def cut_out(image: Tensor, label: Tensor, confidence: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Outside `mask` the image gets the ImageNet mean colour (0 once normalised), the label 255, the confidence 0."""
     mean, _ = imagenet_statistics(image.device)
-    return mix(image, mean, mask), label.masked_fill(~mask, IGNORE), confidence.masked_fill(~mask, 0)
+    return mix(image, mean, mask), mix(label, IGNORE, mask), mix(confidence, 0, mask)
 
 
 def mix_batch(
@@ -87,10 +90,11 @@ def mix_batch(
 
     mode: "none", "cutout" (a box is emptied, there is no partner), "cutmix" (a box comes from the partner) or
         "classmix" (half of the image's own classes stay, the rest comes from the partner).
-    image: float in [0, 1] [B,3,H,W]; label: int64 [B,H,W]; confidence: [B,H,W].
+    image: float in [0, 1] [B,3,H,W]; label: int64 [B,H,W]; confidence: [B,H,W]. Several maps of either are [B,K,H,W];
+        "classmix" goes by the first label.
     rngs: one generator an image, so that what an image is given does not depend on how the batch is split.
-    partner_of_last: image [3,H,W], label [H,W] and confidence [H,W] that come after this batch: the first of the next
-        process. With it, processes mix as one that holds the whole batch does.
+    partner_of_last: image [3,H,W], label and confidence [H,W] or [K,H,W] that come after this batch: the first of the
+        next process. With it, processes mix as one that holds the whole batch does.
 
     Raises UserError for another mode, ValueError when there are not as many generators as images.
     """
@@ -101,7 +105,8 @@ def mix_batch(
     if mode == "none":
         return image, label, confidence
     if mode == "classmix":
-        mask = class_mask(label, np.stack([draw_class_keys(rng) for rng in rngs]))
+        classes = label if label.dim() == 3 else label[:, 0]
+        mask = class_mask(classes, np.stack([draw_class_keys(rng) for rng in rngs]))
     else:
         height, width = label.shape[-2:]
         mask = box_mask([draw_box(rng, height, width) for rng in rngs], height, width, label.device)
