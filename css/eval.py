@@ -1,0 +1,7 @@
+"""Evaluate CSS's teacher: `python css/eval.py [RUN] [-e WHICH] ...`; see docs/evaluation.md."""
+
+from common.eval_cli import main_eval
+from css.train import Config
+
+if __name__ == "__main__":
+    main_eval("css", Config)

@@ -1,0 +1,381 @@
+"""CSS: Space Engage, Collaborative Space Supervision for Contrastive-based Semi-Supervised Semantic Segmentation
+(Wang et al., ICCV 2023).
+
+    accelerate launch css/train.py --config css/configs/voc.json
+    accelerate launch css/train.py --config css/configs/demo.json     # built-in data, minutes on a CPU
+
+A mean teacher labels weakly augmented images twice, by its logits and by the similarity of its representations to the
+classes' prototypes; the student learns from their mixed, strongly augmented versions where both agree. See
+css/README.md for every departure from the released code, hardware and results.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Optional
+
+import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from common import IGNORE
+from common.augment import (
+    PhotometricRanges,
+    apply_geometry_batch,
+    apply_photometric_batch,
+    draw_flip,
+    draw_geometry,
+    draw_photometric,
+    flip_batch,
+    mix_batch,
+    normalize,
+)
+from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
+from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, open_data
+from common.ema import make_teacher, update_teacher
+from common.errors import told
+from common.evaluation import evaluate, save_panel
+from common.inference import evaluation_mode
+from common.losses import cross_entropy, ohem_cross_entropy, upsample
+from common.models import build_network, conv_head
+from common.optim import build_optimizer
+from common.run import Run
+from common.schedules import ema_decay, exponential_ramp, poly, set_lr
+from common.seeding import generator
+from css.losses import (
+    Prototypes,
+    Space,
+    agreed,
+    contrastive_labels,
+    contrastive_loss,
+    largest_similarity_softmax,
+    pseudo_labels,
+    sample,
+    similarity,
+    unsupervised_loss,
+)
+
+LR_FLOOR = 1e-4  # of the released schedule
+
+
+@dataclass
+class Method:
+    """CSS's hyper-parameters, named as in its README.
+
+    Args:
+        pseudo_label: Whose labels the losses get: `mix` those that logits and representations agree on (the paper),
+            `cross` each space those of the other, `ori` those of the logits (the baseline).
+        alpha_t: Decay of the mean teacher.
+        alpha_p: What the prototypes keep of themselves in a step.
+        un_threshold: Confidence that counts towards an image's weight in the unsupervised loss.
+        weak_threshold: Confidence from which an unlabeled pixel takes part in the contrastive loss.
+        strong_threshold: Student's softmax similarity (`ori`: probability) below which a pixel is a hard anchor.
+        similarity_temp: Temperature of the similarity to the prototypes; by default 0.25, for `cross` 0.1.
+        temp: Temperature of the contrastive loss.
+        num_queries: Anchors a class.
+        num_negatives: Negatives an anchor.
+        warm_up: Epochs in which the labels are those of the logits alone.
+        ramp_unit: What an epoch is for warm_up and the ramp: `training` makes the whole run max_epoch epochs long,
+            `released` takes passes over the labeled images.
+        begin_epoch: Epoch in which the weight of the contrastive loss starts.
+        max_epoch: Epoch from which that weight is min_value.
+        max_value: Weight of the contrastive loss at begin_epoch; 0 leaves the loss out. `ori` has it throughout.
+        min_value: Smallest weight.
+        ramp_mult: Exponent of the ramp; 0 keeps max_value until max_epoch.
+        ohem: Learn from the hard labeled pixels alone (Cityscapes).
+        ohem_threshold: Probability of its class up to which a labeled pixel is hard.
+        ohem_min_kept: Labeled pixels an image that are learnt from at least.
+        mix_mode: How unlabeled images are mixed.
+        scale_range: Random scale of the unlabeled images' first pass.
+        embedding_dim: Dimensions of the representation.
+    """
+
+    pseudo_label: Space = "mix"
+    alpha_t: ClosedUnitInterval = 0.99
+    alpha_p: ClosedUnitInterval = 0.99
+    un_threshold: ClosedUnitInterval = 0.97
+    weak_threshold: ClosedUnitInterval = 0.7
+    strong_threshold: ClosedUnitInterval = 0.8
+    similarity_temp: Optional[PositiveFloat] = None
+    temp: PositiveFloat = 0.5
+    num_queries: PositiveInt = 256
+    num_negatives: PositiveInt = 512
+    warm_up: NonNegativeFloat = 0.0
+    ramp_unit: Literal["training", "released"] = "training"
+    begin_epoch: NonNegativeFloat = 0.0
+    max_epoch: PositiveFloat = 200.0
+    max_value: NonNegativeFloat = 1.0
+    min_value: NonNegativeFloat = 0.0
+    ramp_mult: float = -5.0
+    ohem: bool = False
+    ohem_threshold: ClosedUnitInterval = 0.7
+    ohem_min_kept: PositiveInt = 50_000
+    mix_mode: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
+    scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
+    embedding_dim: PositiveInt = 256
+
+    def __post_init__(self) -> None:
+        if self.similarity_temp is None:
+            self.similarity_temp = 0.1 if self.pseudo_label == "cross" else 0.25
+
+
+@dataclass
+class Config:
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    method: Method
+    run: RunConfig
+
+
+class CSSNetwork(nn.Module):
+    """Everything that is trained: DeepLabV3+ and, on its decoder feature, each pixel's representation.
+
+    Args:
+        model: The config's `model` section, for the DeepLabV3+.
+        embedding_dim: Dimensions D of the representation.
+    """
+
+    def __init__(self, model: ModelConfig, embedding_dim: int) -> None:
+        super().__init__()
+        self.segmenter = build_network(model)
+        feature_channels = self.segmenter.feature_channels
+        self.representation = conv_head(feature_channels, model.channels, embedding_dim)
+
+    def both_spaces(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images [B,3,H,W] -> logits [B,C,h,w] and representation [B,D,h,w]."""
+        feature = self.segmenter.features(image)
+        return self.segmenter.classifier(feature), self.representation(feature)
+
+    def forward(self, labeled: Tensor, unlabeled: Tensor) -> dict[str, Tensor]:
+        """One forward a step; the two batches pass apart, which keeps the paper's batch-norm statistics.
+
+        Args:
+            labeled, unlabeled: Normalised images [B,3,H,W].
+
+        Returns:
+            `labeled`, `unlabeled`: logits [B,C,h,w]; `representation`: [2B,D,h,w], labeled first.
+        """
+        logits, representations = zip(self.both_spaces(labeled), self.both_spaces(unlabeled))
+        return {"labeled": logits[0], "unlabeled": logits[1], "representation": torch.cat(representations)}
+
+
+def steps_per_epoch(labeled_images: int, batch_size: int) -> int:
+    """The paper's rule: one pass over the labeled images, without a last batch that is not full."""
+    return max(1, labeled_images // batch_size)
+
+
+@torch.no_grad()
+def teacher_labels(
+    teacher: nn.Module, memory: Prototypes, labeled: Tensor, unlabeled: Tensor, epoch: float, config: Config, run: Run
+) -> tuple[Tensor, Tensor]:
+    """The teacher's pseudo-labels [B,K,H,W] and confidences [B,K,H,W]; see `pseudo_labels`. It is in training mode.
+
+    Args:
+        labeled, unlabeled: Images in [0,1] or uint8 [B,3,H,W].
+        epoch: Of the ramp.
+    """
+    method = config.method
+    with run.autocast():
+        if method.pseudo_label != "ori":
+            teacher.both_spaces(normalize(labeled))  # as released: its batch norms see labeled images too
+        logits, representation = teacher.both_spaces(normalize(unlabeled))
+    kind = "ori" if epoch < method.warm_up else method.pseudo_label
+    size, corners = unlabeled.shape[-2:], teacher.segmenter.align_corners
+    return pseudo_labels(kind, logits, representation, memory.mean, method.similarity_temp, size, corners)
+
+
+def augment_unlabeled(
+    image: Tensor, pseudo_label: Tensor, confidence: Tensor, positions: Sequence[int], config: Config, run: Run
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two passes with a mix between them: scale and crop; mix with the next image; colours, blur and mirror.
+
+    Args:
+        image: float [B,3,H,W] in [0,1].
+        pseudo_label: int64 [B,K,H,W].
+        confidence: [B,K,H,W].
+        positions: What the random numbers of each image follow from.
+    """
+    rngs = [generator(config.run.seed, "unlabeled, on the device", position) for position in positions]
+    crop = config.data.crop_size
+    geometries = [draw_geometry(rng, image.shape[-2:], crop, config.method.scale_range) for rng in rngs]
+    views = apply_geometry_batch(image, pseudo_label, confidence, geometries, crop)
+    following = run.from_next_process(*(view[0] for view in views))
+    image, pseudo_label, confidence = mix_batch(config.method.mix_mode, *views, rngs, following)
+    image = apply_photometric_batch(image, [draw_photometric(rng) for rng in rngs])
+    return flip_batch(image, pseudo_label, confidence, [draw_flip(rng) for rng in rngs])
+
+
+def supervised_loss(logits: Tensor, label: Tensor, method: Method) -> Tensor:
+    """Cross-entropy of logits [B,C,H,W] with label [B,H,W], on Cityscapes over the hard pixels."""
+    if method.ohem:
+        return ohem_cross_entropy(logits, label, method.ohem_threshold, method.ohem_min_kept * len(label))
+    return cross_entropy(logits, label)
+
+
+def contrastive_term(
+    output: dict[str, Tensor],
+    memory: Prototypes,
+    label: Tensor,
+    pseudo_label: Tensor,
+    confidence: Tensor,
+    config: Config,
+    run: Run,
+) -> Tensor:
+    """The contrastive loss of a step's output, after the step's representations have moved the prototypes."""
+    method = config.method
+    representation = output["representation"].float()
+    classes = contrastive_labels(label, pseudo_label, confidence, method.weak_threshold, representation.shape[-2:])
+    with torch.no_grad():
+        if method.pseudo_label == "ori":
+            scores = torch.cat([output["labeled"], output["unlabeled"]]).float()
+        else:
+            scores = similarity(representation, memory.mean) / method.similarity_temp
+    reduce = partial(run.accelerator.reduce, reduction="sum")
+    present = memory.update(representation, classes, method.alpha_p, reduce)
+    if method.max_value == 0:
+        return 0.0 * representation.sum()  # the head stays part of the graph: processes expect its gradients
+    samples = sample(
+        classes,
+        scores.softmax(1),
+        memory.mean,
+        present,
+        method.strong_threshold,
+        method.temp,
+        method.num_queries,
+        method.num_negatives,
+    )
+    return contrastive_loss(representation, memory.mean, samples, method.temp)
+
+
+def epoch_of(step: int, run: Run, method: Method) -> float:
+    """The epoch of a step, as warm_up and the ramp count."""
+    if method.ramp_unit == "released":
+        return step / run.steps_per_epoch
+    return step / run.total * method.max_epoch
+
+
+def contrastive_weight(epoch: float, method: Method) -> float:
+    """The ramp of the contrastive loss; `ori` has none, as released."""
+    if method.pseudo_label == "ori":
+        return method.max_value
+    ramp = (method.begin_epoch, method.max_epoch, method.max_value, method.min_value, method.ramp_mult)
+    return exponential_ramp(epoch, *ramp)
+
+
+def unreachable_thresholds(method: Method, num_classes: int) -> str | None:
+    """What the temperature of the similarities makes impossible, in one line; None where it does not."""
+    highest = largest_similarity_softmax(method.similarity_temp, num_classes)
+    effects = []
+    if method.pseudo_label != "ori" and highest < method.strong_threshold:
+        effects.append(f"method.strong_threshold {method.strong_threshold:g}: every pixel counts as hard")
+    if method.pseudo_label == "cross" and highest < method.un_threshold:
+        effects.append(f"method.un_threshold {method.un_threshold:g}: the unsupervised loss stays 0 after warm-up")
+    if not effects:
+        return None
+    given = f"with method.similarity_temp {method.similarity_temp:g} and {num_classes} classes"
+    return f"{given} the softmax similarity is at most {highest:.3f}, below {', below '.join(effects)}"
+
+
+@torch.no_grad()
+def space_maps(image: Tensor, teacher: nn.Module, memory: Prototypes) -> dict[str, Tensor]:
+    """Class ids [B,H,W] that the teacher gives uint8 images [B,3,H,W] in both spaces, and where they agree."""
+    with evaluation_mode(teacher):
+        logits, representation = teacher.both_spaces(normalize(image))
+    size, corners = image.shape[-2:], teacher.segmenter.align_corners
+    labels, _ = pseudo_labels("cross", logits, representation, memory.mean, 1.0, size, corners)
+    by_logits, by_similarity = labels.unbind(1)
+    agreement = agreed(by_logits, by_similarity)
+    return {"logit space": by_logits, "representation space": by_similarity, "agreement": agreement}
+
+
+@told
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, "css", argv)
+    with Run(config, "css/train.py") as run:
+        train(config, run)
+
+
+def train(config: Config, run: Run) -> None:
+    optim, method = config.optim, config.method
+
+    source, split = open_data(config, run.accelerator)
+    run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
+    augmented = CropTransform(config.data.crop_size, config.data.scale_range, PhotometricRanges(), flip=True)
+    cropped = CropTransform(config.data.crop_size)
+    labeled_images = TrainingImages(source, split.labeled, augmented, config.run.seed, "labeled", with_label=True)
+    unlabeled_images = TrainingImages(source, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
+
+    network = CSSNetwork(config.model, method.embedding_dim)
+    teacher = run.place(make_teacher(network))
+    memory = run.place(Prototypes(config.model.num_classes, method.embedding_dim))
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": list(network.parameters())}]))
+    if warning := unreachable_thresholds(method, config.model.num_classes):
+        run.log.say(f"warning: {warning}")
+
+    extra = {"student": network, "teacher_representation": teacher.representation, "prototypes": memory}
+    run.resume(model=teacher.segmenter, extra=extra, optimizer=optimizer)
+    labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
+
+    for step in run.steps():
+        set_lr(optimizer, poly(step, run.total, optim.poly_power), floor=LR_FLOOR)
+        epoch = epoch_of(step, run, method)
+        weight = contrastive_weight(epoch, method)
+        for _ in run.passes(wrapped):
+            with record_function("data"):
+                labeled: Batch = next(labeled_batches)
+                unlabeled: Batch = next(unlabeled_batches)
+            with record_function("teacher"):
+                weak_image = unlabeled.image.float() / 255
+                weak_label, weak_confidence = teacher_labels(
+                    teacher, memory, labeled.image, weak_image, epoch, config, run
+                )
+            with record_function("augmentation"):
+                image, pseudo_label, confidence = augment_unlabeled(
+                    weak_image, weak_label, weak_confidence, unlabeled.positions, config, run
+                )
+            with record_function("student"):
+                output = wrapped(normalize(labeled.image), normalize(image))
+            with record_function("losses"):
+                size, corners = labeled.label.shape[-2:], network.segmenter.align_corners
+                supervised = supervised_loss(upsample(output["labeled"], size, corners), labeled.label, method)
+                unlabeled_logits = upsample(output["unlabeled"], size, corners)
+                first, last = ((pseudo_label[:, k], confidence[:, k]) for k in (0, -1))
+                unsupervised = unsupervised_loss(unlabeled_logits, *last, method.un_threshold)
+                contrastive = contrastive_term(output, memory, labeled.label, *first, config, run)
+                loss = supervised + unsupervised + weight * contrastive
+            with record_function("backward"):
+                run.backward(loss)
+        with record_function("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+        with record_function("teacher update"):
+            if not optimizer.step_was_skipped:  # fp16 skips a step whose gradients overflow
+                update_teacher(teacher, network, ema_decay(step, method.alpha_t))
+            run.share_statistics(network, teacher)
+
+        run.finish_step(
+            {
+                "loss": loss,
+                "loss_supervised": supervised,
+                "loss_unsupervised": unsupervised,
+                "loss_contrastive": contrastive,
+                "contrastive_weight": weight,
+                "confident": (last[1] >= method.un_threshold).float().mean(),
+                "pseudo_labeled": (last[0] != IGNORE).float().mean(),
+                "lr": optimizer.param_groups[0]["lr"],
+            },
+            images=2 * optim.batch_size,
+        )
+        if run.evaluates:
+            classes, workers = config.model.num_classes, config.data.workers
+            run.report(evaluate(teacher.segmenter, source, split.valid, classes, run.accelerator, workers=workers))
+            maps = partial(space_maps, teacher=teacher, memory=memory)
+            save_panel(teacher.segmenter, source, split, run, maps=maps)
+        run.save()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
