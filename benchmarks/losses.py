@@ -1,6 +1,7 @@
 """Seconds and memory of a paper's own loss, forward and backward, beside its plain formula.
 
     python benchmarks/losses.py prcl
+    python benchmarks/losses.py css
     python benchmarks/losses.py prcl --rows ours --scale 0.25 --repeats 1
 
 Every row runs in a process of its own. Memory is what the process needed beyond its inputs, at its peak.
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from common.devices import check_compiler
 from common.errors import UserError, told
+from css import losses as css
 from prcl import losses as prcl
 
 Loss = Callable[[], Tensor]
@@ -68,8 +70,45 @@ def prcl_plain(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
     return total / len(samples.classes)
 
 
+def css_inputs(scale: float, device: torch.device) -> tuple[Tensor, ...]:
+    """Representation [4,256,h,w], label [4,h,w] of 8 classes, indicator [4,8,h,w]; `scale` 1 is h = w = 128."""
+    side = max(9, round(128 * scale))
+    representation = torch.randn(4, 256, side, side, device=device, requires_grad=True)
+    label = torch.randint(0, 8, (4, side, side), device=device)
+    return representation, label, torch.rand(4, 8, side, side, device=device)
+
+
+def css_samples(inputs: tuple[Tensor, ...], scale: float) -> tuple[Tensor, css.Samples]:
+    """Prototypes and samples as training makes them: 256 anchors a class, 512 negatives an anchor."""
+    representation, label, indicator = inputs
+    queries, negatives = max(8, round(256 * scale)), max(8, round(512 * scale))
+    memory = css.Prototypes(8, representation.shape[1]).to(label.device)
+    present = memory.update(representation, label, 0.99, reduce=lambda total: total)
+    return memory.mean, css.sample(label, indicator, memory.mean, present, 0.8, 0.5, queries, negatives)
+
+
+def css_loss(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
+    """Prototypes, sampling and loss as training calls them."""
+    prototypes, samples = css_samples(inputs, scale)
+    return css.contrastive_loss(inputs[0], prototypes, samples, 0.5)
+
+
+def css_plain(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
+    """The same with cosines as the formula reads, class by class, and autograd."""
+    prototypes, samples = css_samples(inputs, scale)
+    pixels = inputs[0].permute(0, 2, 3, 1).flatten(0, 2)
+    total = pixels.new_zeros(())
+    for row, c in enumerate(samples.classes):
+        anchors, negatives = pixels[samples.anchors[row]].unsqueeze(1), pixels.detach()[samples.negatives[row]]
+        others = torch.cat([prototypes[c].expand(len(anchors), 1, -1), negatives], dim=1)
+        logits = F.cosine_similarity(anchors, others, dim=2) / 0.5
+        total = total + F.cross_entropy(logits, torch.zeros_like(samples.anchors[row]))
+    return total / len(samples.classes)
+
+
 # What is measured of each paper: how its inputs are made, and its rows.
 PAPERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
+    "css": (css_inputs, {"ours": css_loss, "plain formula": css_plain}),
     "prcl": (
         prcl_inputs,
         {"ours": prcl_loss, "ours, compiled": partial(prcl_loss, compile=True), "plain formula": prcl_plain},

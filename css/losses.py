@@ -66,7 +66,7 @@ class Samples:
     """What one step compares; row r is for class `classes[r]`.
 
     Attributes:
-        classes: int64 [n], ascending; present ones, and on a GPU the others too.
+        classes: int64 [n], ascending; on the CPU the present ones, on a GPU all.
         present: bool [n], whether any process has a pixel of the class.
         anchors: int64 [n,Q], pixels; any value where `used` is False.
         negatives: int64 [n,Q,K], pixels of other classes.
@@ -205,7 +205,9 @@ def sample(
         present: bool [C], from `Prototypes.update`.
         num_queries, num_negatives: Q anchors a class, K negatives an anchor, drawn with replacement.
     """
-    classes = _worth_sampling(present)
+    # To know which classes are absent saves more than half of the work, but a GPU would be waited for.
+    everywhere = torch.arange(len(present), device=label.device)
+    classes = present.nonzero().squeeze(1) if label.device.type == "cpu" else everywhere
     n = len(classes)
     pixels = label.flatten()
     own = _rows(indicator).gather(1, pixels.clamp(max=indicator.shape[1] - 1)[:, None]).squeeze(1)
@@ -222,10 +224,10 @@ def sample(
 
 
 def contrastive_loss(representation: Tensor, prototypes: Tensor, samples: Samples, temp: float) -> Tensor:
-    """Mean over the n present classes of the cross-entropy of anchors with their prototype against their negatives.
+    """Mean over the present classes of the cross-entropy of anchors with their prototype against their negatives.
 
     Gradients reach the anchors alone; prototypes and negatives are constants. A class without a hard pixel adds 0 but
-    counts in n. 0 with its graph where fewer than two classes are present.
+    counts. 0 with its graph where fewer than two classes are present. Nothing here waits for a GPU.
 
     Args:
         representation: [B,D,h,w] of the student.
@@ -285,13 +287,6 @@ def _decide(scores: Tensor, size: tuple[int, int], align_corners: bool) -> tuple
     """Class int64 [B,H,W] and its softmax [B,H,W] of scores [B,C,h,w]; the first class where several are equal."""
     confidence, label = upsample(scores, size, align_corners).softmax(1).max(1)
     return label, confidence
-
-
-def _worth_sampling(present: Tensor) -> Tensor:
-    """The present classes; on a GPU all, since asking which are present would wait for it longer than they take."""
-    if present.device.type == "cpu":
-        return present.nonzero().squeeze(1)
-    return torch.arange(len(present), device=present.device)
 
 
 def _rows(maps: Tensor) -> Tensor:

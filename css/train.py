@@ -21,15 +21,13 @@ from torch.profiler import record_function
 
 from common import IGNORE
 from common.augment import (
-    PhotometricRanges,
     apply_geometry_batch,
-    apply_photometric_batch,
     draw_flip,
     draw_geometry,
-    draw_photometric,
     flip_batch,
     mix_batch,
     normalize,
+    recolor,
 )
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
 from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, open_data
@@ -42,7 +40,7 @@ from common.models import build_network, conv_head
 from common.optim import build_optimizer
 from common.run import Run
 from common.schedules import ema_decay, exponential_ramp, poly, set_lr
-from common.seeding import generator
+from common.seeding import generators
 from css.losses import (
     Prototypes,
     Space,
@@ -173,7 +171,7 @@ def teacher_labels(
     """The teacher's pseudo-labels [B,K,H,W] and confidences [B,K,H,W]; see `pseudo_labels`. It is in training mode.
 
     Args:
-        labeled, unlabeled: Images in [0,1] or uint8 [B,3,H,W].
+        labeled, unlabeled: Images in [0,1], [B,3,H,W].
         epoch: Of the ramp.
     """
     method = config.method
@@ -197,13 +195,13 @@ def augment_unlabeled(
         confidence: [B,K,H,W].
         positions: What the random numbers of each image follow from.
     """
-    rngs = [generator(config.run.seed, "unlabeled, on the device", position) for position in positions]
+    rngs = generators(config.run.seed, "unlabeled, on the device", positions)
     crop = config.data.crop_size
     geometries = [draw_geometry(rng, image.shape[-2:], crop, config.method.scale_range) for rng in rngs]
     views = apply_geometry_batch(image, pseudo_label, confidence, geometries, crop)
     following = run.from_next_process(*(view[0] for view in views))
     image, pseudo_label, confidence = mix_batch(config.method.mix_mode, *views, rngs, following)
-    image = apply_photometric_batch(image, [draw_photometric(rng) for rng in rngs])
+    image = recolor(image, rngs)
     return flip_batch(image, pseudo_label, confidence, [draw_flip(rng) for rng in rngs])
 
 
@@ -302,7 +300,7 @@ def train(config: Config, run: Run) -> None:
 
     source, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    augmented = CropTransform(config.data.crop_size, config.data.scale_range, PhotometricRanges(), flip=True)
+    augmented = CropTransform(config.data.crop_size, config.data.scale_range, flip=True)
     cropped = CropTransform(config.data.crop_size)
     labeled_images = TrainingImages(source, split.labeled, augmented, config.run.seed, "labeled", with_label=True)
     unlabeled_images = TrainingImages(source, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
@@ -326,17 +324,20 @@ def train(config: Config, run: Run) -> None:
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
                 unlabeled: Batch = next(unlabeled_batches)
+            with record_function("augmentation"):
+                rngs = generators(config.run.seed, "labeled, on the device", labeled.positions)
+                labeled_image = recolor(labeled.image, rngs)
             with record_function("teacher"):
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = teacher_labels(
-                    teacher, memory, labeled.image, weak_image, epoch, config, run
+                    teacher, memory, labeled_image, weak_image, epoch, config, run
                 )
             with record_function("augmentation"):
                 image, pseudo_label, confidence = augment_unlabeled(
                     weak_image, weak_label, weak_confidence, unlabeled.positions, config, run
                 )
             with record_function("student"):
-                output = wrapped(normalize(labeled.image), normalize(image))
+                output = wrapped(normalize(labeled_image), normalize(image))
             with record_function("losses"):
                 size, corners = labeled.label.shape[-2:], network.segmenter.align_corners
                 supervised = supervised_loss(upsample(output["labeled"], size, corners), labeled.label, method)

@@ -27,10 +27,10 @@ class Small:
 
 
 # Every training script: what is listed here is trained, killed, continued, fed nonsense and run by two processes.
+CONTRAST = {"num_queries": 8, "num_negatives": 8, "embedding_dim": 8}
 SCRIPTS = {
-    "prcl/train.py": Small(
-        method={"num_queries": 8, "num_negatives": 8, "embedding_dim": 8}, blind={"mix_mode": "cutmix"}
-    ),
+    "css/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
+    "prcl/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     "supervised/train.py": Small(),
 }
 

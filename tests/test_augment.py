@@ -321,6 +321,17 @@ def test_two_processes_mix_as_one(mode):
     assert all_equal([torch.cat(parts) for parts in zip(*halves, strict=True)], whole)
 
 
+@pytest.mark.parametrize("mode", ["none", "cutout", "cutmix", "classmix"])
+def test_several_maps_are_mixed_as_one_by_the_first_label(mode):
+    image, label, confidence = torch.rand(3, 3, 12, 14), torch.randint(0, 5, (3, 12, 14)), torch.rand(3, 12, 14)
+    alone = mix_batch(mode, image, label, confidence, [np.random.default_rng(i) for i in range(3)])
+    labels, confidences = torch.stack([label, label + 5], 1), torch.stack([confidence, -confidence], 1)
+    both = mix_batch(mode, image, labels, confidences, [np.random.default_rng(i) for i in range(3)])
+    assert both[0].equal(alone[0])
+    assert both[1][:, 0].equal(alone[1]) and both[2][:, 0].equal(alone[2])
+    assert both[1][:, 1].equal(torch.where(alone[1] == 255, 255, alone[1] + 5)) and both[2][:, 1].equal(-alone[2])
+
+
 def test_a_batch_of_one_mixes_with_the_next_process():
     own, following = batch(1), batch(1, seed=9)
     following_one = tuple(f[0] for f in following)

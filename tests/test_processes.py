@@ -93,39 +93,69 @@ def test_every_pass_shows_every_image_once_in_another_order_and_augmentation(sha
 
 
 AUGMENT = """
-import sys, torch
-from accelerate import Accelerator
+import importlib, sys, torch
 from common.config import parse
 from common.run import Run
-from prcl.train import Config, augment_unlabeled
-out, arguments = sys.argv[1], sys.argv[2:]
-with Run(parse(Config, "prcl", arguments), "prcl/train.py") as run:
+out, paper, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
+train = importlib.import_module(f"{paper}.train")
+with Run(parse(train.Config, paper, arguments), f"{paper}/train.py") as run:
     numbers = torch.Generator().manual_seed(0)
     image = torch.rand(4, 3, 40, 48, generator=numbers)
-    label = torch.randint(0, 7, (4, 40, 48), generator=numbers)
-    confidence = torch.rand(4, 40, 48, generator=numbers)
+    maps = {"css": (4, 2, 40, 48), "prcl": (4, 40, 48)}[paper]
+    label = torch.randint(0, 7, maps, generator=numbers)
+    confidence = torch.rand(maps, generator=numbers)
     mine = slice(run.rank * run.batch_size, (run.rank + 1) * run.batch_size)
     positions = list(range(8, 12))[mine]
-    views = augment_unlabeled(image[mine], label[mine], confidence[mine], positions, run.config, run)
+    views = train.augment_unlabeled(image[mine], label[mine], confidence[mine], positions, run.config, run)
     torch.save([view.clone() for view in views], f"{out}/{run.processes}_{run.rank}.pt")
 """
 
 
-@pytest.mark.parametrize("mode", ["classmix", "cutmix"])
-def test_unlabeled_images_are_augmented_and_mixed_alike_on_one_and_two_processes(mode, tiny, tmp_path):
+@pytest.mark.parametrize(("paper", "mode"), [("prcl", "classmix"), ("prcl", "cutmix"), ("css", "classmix")])
+def test_unlabeled_images_are_augmented_and_mixed_alike_on_one_and_two_processes(paper, mode, tiny, tmp_path):
     script = tmp_path / "augment.py"
     script.write_text(AUGMENT)
-    arguments = [
-        str(script),
-        str(tmp_path),
-        *tiny("prcl/train.py", "--optim.batch_size", "4", "--method.mix_mode", mode),
-    ]
+    extra = ["--optim.batch_size", "4", "--method.mix_mode", mode]
+    arguments = [str(script), str(tmp_path), paper, *tiny(f"{paper}/train.py", *extra)]
     subprocess.run([sys.executable, *arguments], check=True)
     process = torchrun(*arguments)
     assert process.returncode == 0, process.stderr
     whole, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
     for view, parts in zip(whole, zip(first, second)):
         assert view.equal(torch.cat(parts))
+
+
+PROTOTYPES = """
+import sys, torch
+from functools import partial
+from common.config import parse
+from common.run import Run
+from css.losses import Prototypes
+from css.train import Config
+with Run(parse(Config, "css", sys.argv[2:]), "css/train.py") as run:
+    numbers = torch.Generator().manual_seed(0)
+    memory = Prototypes(7, 8)
+    for _ in range(3):
+        representation = torch.randn(4, 8, 6, 7, generator=numbers)
+        label = torch.arange(4).view(4, 1, 1).expand(4, 6, 7)  # no class is seen by both processes
+        mine = slice(run.rank * run.batch_size, (run.rank + 1) * run.batch_size)
+        memory.update(representation[mine], label[mine], 0.9, partial(run.accelerator.reduce, reduction="sum"))
+    torch.save(memory.state_dict(), f"{sys.argv[1]}/{run.processes}_{run.rank}.pt")
+"""
+
+
+def test_prototypes_are_those_of_one_process_and_identical_on_two(tiny, tmp_path):
+    script = tmp_path / "prototypes.py"
+    script.write_text(PROTOTYPES)
+    arguments = [str(script), str(tmp_path), *tiny("css/train.py", "--optim.batch_size", "4")]
+    subprocess.run([sys.executable, *arguments], check=True)
+    process = torchrun(*arguments)
+    assert process.returncode == 0, process.stderr
+    whole, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    assert whole["seen"].tolist() == [True] * 4 + [False] * 3
+    for name in whole:
+        assert first[name].equal(second[name])
+        torch.testing.assert_close(whole[name], first[name])
 
 
 def seen(folder: Path, processes: int) -> tuple[list, list, list[dict]]:

@@ -1,5 +1,6 @@
 """Every command in a README or a page of docs/ runs: its script, in this process, on data and steps cut small."""
 
+import json
 import os
 import re
 import runpy
@@ -40,11 +41,11 @@ COMMANDS = commands()
 def project(tmp_path_factory) -> Path:
     """The project with small data where the commands look for it, and a short run to evaluate."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("prcl", "supervised", "splits", "benchmarks", "common"):
+    for name in ("css", "prcl", "supervised", "splits", "benchmarks", "common"):
         (folder / name).symlink_to(ROOT / name)
     make_shapes(folder / "data" / "shapes", "voc", train=40, val=4, size=(48, 64))
     make_shapes(folder / "data" / "VOCdevkit" / "VOC2012", "voc", train=700, val=4, size=(32, 32))
-    make_shapes(folder / "data" / "cityscapes", "cityscapes", train=160, val=4, size=(32, 32))
+    make_shapes(folder / "data" / "cityscapes", "cityscapes", train=400, val=4, size=(32, 32))
     (folder / "splits").unlink()
     shutil.copytree(ROOT / "splits", folder / "splits")
     return folder
@@ -87,10 +88,11 @@ def shortened(arguments: list[str]) -> list[str]:
 
 def make_split_for(arguments: list[str], folder: Path, monkeypatch) -> None:
     """Make the split that a paper's config on real data names, with the command that its absence would name."""
-    for dataset, root, labels in (("voc", "VOCdevkit/VOC2012", "662"), ("cityscapes", "cityscapes", "150")):
-        if any(f"/{dataset}.json" in text for text in arguments) and not (folder / "splits" / dataset).exists():
-            flags = f"--data-root data/{root} --labels {labels} --seed 3407 --out splits/{dataset}"
-            run_here(shlex.split(f"splits/make.py --dataset {dataset} {flags}"), folder, monkeypatch)
+    data = json.loads((ROOT / arguments[arguments.index("--config") + 1]).read_text())["data"]
+    split = Path(arguments[arguments.index("--data.split") + 1] if "--data.split" in arguments else data["split"])
+    if data["dataset"] != "shapes" and not (folder / split).exists():
+        flags = f"--data-root {data['root']} --labels {split.parts[-2]} --seed {split.name} --out {split.parents[1]}"
+        run_here(shlex.split(f"splits/make.py --dataset {data['dataset']} {flags}"), folder, monkeypatch)
 
 
 def make_run_for(command: str, folder: Path, monkeypatch) -> None:

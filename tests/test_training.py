@@ -121,15 +121,16 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(tiny, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "best").exists()
 
 
-def test_labels_of_unlabeled_images_need_not_exist(shapes_root, tiny, tmp_path):
+@pytest.mark.parametrize("script", ["css/train.py", "prcl/train.py"])
+def test_labels_of_unlabeled_images_need_not_exist(script, shapes_root, tiny, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(shapes_root, root)
     # The split is made on first use, so the labels go after a first run.
-    arguments = tiny("prcl/train.py", "--data.root", str(root), "--data.split", str(root / "splits" / "6" / "0"))
-    train("prcl/train.py", [*arguments, "--run.dir", str(tmp_path / "first")])
+    arguments = tiny(script, "--data.root", str(root), "--data.split", str(root / "splits" / "6" / "0"))
+    train(script, [*arguments, "--run.dir", str(tmp_path / "first")])
     for name in (root / "splits" / "6" / "0" / "unlabeled_filename.txt").read_text().split():
         (root / "SegmentationClassAug" / f"{name}.png").unlink()
-    train("prcl/train.py", arguments)
+    train(script, arguments)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "first")
 
 

@@ -56,6 +56,14 @@ def test_compare_hides_predictions_on_ignored_pixels():
     assert np.asarray(compare(sample(label=None), PALETTE)).shape == (20, 75, 3)
 
 
+def test_panel_shows_the_maps_of_a_paper_where_a_sample_has_them():
+    near = torch.zeros(20, 30, dtype=torch.int64)
+    plain, more = (panel([sample(maps=maps), sample()], PALETTE, CLASSES, "step 1") for maps in ({}, {"near": near}))
+    assert more.width > plain.width
+    last = np.asarray(more)[:, plain.width :]
+    assert (last == PALETTE[0]).all(2).sum() > 100 * 100
+
+
 def test_panel_shows_maps_legend_and_blanks():
     confidence = torch.linspace(0, 1, 600).view(20, 30)
     page = np.asarray(panel([sample("a", confidence=confidence), sample("b", label=None)], PALETTE, CLASSES, "step 5"))

@@ -69,6 +69,17 @@ def check_loss(loss: Tensor, inputs: dict[str, Tensor], g: Golden) -> None:
         close_gradient(values.grad, g[f"grad_{name}"].nan_to_num(0.0))
 
 
+def local_label(g: Golden, prefix: str = "") -> Tensor:
+    """Classes [B,h,w] of the pixels that take part, 255 for the others."""
+    valid = g[f"{prefix}label_onehot"] * g[f"{prefix}mask"]
+    return valid.argmax(1).masked_fill(valid.sum(1) == 0, IGNORE)
+
+
+def one_hot(label: Tensor, num_classes: int) -> Tensor:
+    """[B,h,w], 255 = none -> bool [B,C,h,w]."""
+    return label[:, None] == torch.arange(num_classes).view(-1, 1, 1)
+
+
 # ---- losses, schedules, teacher, metrics
 
 
@@ -144,6 +155,10 @@ def check_batch_transform(path: Path) -> None:
     height, width = (int(side * scale) for side in g["image_u8"].shape[-2:])
     geometries = [Geometry(height, width, top, left) for top, left, _, _ in g["crop_ijhw"].tolist()]
 
+    def stacked(name: str) -> Tensor:
+        """The one map of the file, or all of its numbered ones: [B,K,H,W]."""
+        return torch.stack([g[key] for key in sorted(g) if key.rstrip("0123456789") == name], dim=1)
+
     def transform(image: Tensor, label: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         maps = apply_geometry_batch(image, label, confidence, geometries, crop)
         if "blur" in case:
@@ -151,7 +166,7 @@ def check_batch_transform(path: Path) -> None:
             maps = (blurred, *maps[1:])
         return flip_batch(*maps, ["flip" in case] * len(image))
 
-    label, want_label, confidence = to_label(g["label1"]), to_label(g["out_label1"]), g["conf1"]
+    label, want_label, confidence = to_label(stacked("label")), to_label(stacked("out_label")), stacked("conf")
     stored = released_copy(g["image_u8"])
     for image, levels in ((stored / 255, 1), (stored, 2)):  # training has floats; uint8 rounds as often as Pillow
         levels += 3 * ("blur" in case)  # six more roundings
@@ -161,11 +176,12 @@ def check_batch_transform(path: Path) -> None:
     between = [between_pixels(geometry, label.shape[-2:], crop) for geometry in geometries]
     rows, columns = (torch.stack(each) for each in zip(*between))
     columns = flip_batch(columns, None, None, ["flip" in case] * len(columns))[0]
-    allowed = torch.zeros_like(want_label, dtype=torch.bool)
+    allowed = torch.zeros_like(want_label[:, 0], dtype=torch.bool)
     for down, right in itertools.product((False, True), repeat=2):
         moved = (values.roll((int(down), int(right)), (-2, -1)) for values in (label, confidence))
         _, our_label, our_confidence = transform(stored, *moved)
-        same = (our_label == want_label) & ((our_confidence - g["out_conf1"]).abs() <= 1 / 255 + 1e-6)
+        same = (our_label == want_label).all(1)
+        same &= ((our_confidence - stacked("out_conf")).abs() <= 1 / 255 + 1e-6).all(1)
         allowed |= same & (rows if down else True) & (columns if right else True)
     assert allowed.all(), f"{(~allowed).sum()} labels or confidences differ"
 

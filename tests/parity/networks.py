@@ -5,12 +5,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.models.weights import PRCL_CSS
+from common.config import ModelConfig
+from common.models.deeplab import RATES
+from common.models.weights import PRCL_CSS, deeplab_from_prcl_css, load_state
 
 # What the segmentation networks of PRCL and CSS have besides ours: name -> shape of its 304 -> 256 -> 256 head.
 REPRESENTATION = {
@@ -57,6 +60,36 @@ def conv_geometry(network: nn.Module) -> dict[str, list[list[int]]]:
         for name, conv in convolutions.items()
         if conv.stride != (1, 1) or conv.dilation != (1, 1)
     }
+
+
+def model_config(g: Mapping[str, Any]) -> ModelConfig:
+    """The network of a golden of PRCL or CSS."""
+    stem = "deep" if g["shape_maxpool"][1] == 128 else "plain"  # 64 channels
+    return ModelConfig(int(g["num_classes"]), "resnet101", stem, int(g["dilate_scale"]), pretrained=False)
+
+
+def listed_config(path: Path, name: str, stem: str) -> ModelConfig:
+    """The network of a key list, `plain` or `stem`, in `net_keys.json.gz`."""
+    rates = {rates[0]: stride for stride, rates in RATES.items()}
+    stride = rates[read_conv_geometry(path, name)["ASPP.convs.1.0"][1][0]]
+    num_classes = read_key_list(path, name)["classifier.3.bias"][0]
+    return ModelConfig(num_classes, "resnet101", stem, stride, pretrained=False)
+
+
+def load_filled(segmenter: nn.Module, representation: nn.Module) -> None:
+    """The goldens' weights, converted from the official names, into a segmenter and its representation head."""
+    state, head = fill(prcl_css_keys(segmenter)), "representation."
+    load_state(segmenter, deeplab_from_prcl_css(state), "the golden's rule", "the segmenter")
+    representation.load_state_dict({k.removeprefix(head): v for k, v in state.items() if k.startswith(head)})
+
+
+def catch_stages(segmenter: nn.Module) -> dict[str, Tensor]:
+    """What the segmenter's stages return from now on, by the goldens' names."""
+    stages = {name: segmenter.encoder[name] for name in ("maxpool", "layer1", "layer2", "layer3", "layer4")}
+    caught = {}
+    for name, module in (stages | {"aspp": segmenter.aspp}).items():
+        module.register_forward_hook(lambda _, __, output, name=name: caught.update({name: output}))
+    return caught
 
 
 def fill(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

@@ -24,19 +24,29 @@ from checks import (
     check_teacher,
     close,
     close_gradient,
+    local_label,
+    one_hot,
     read,
     to_label,
 )
-from networks import conv_geometry, draw_input, fill, prcl_css_keys, read_conv_geometry, read_key_list
+from networks import (
+    catch_stages,
+    conv_geometry,
+    draw_input,
+    fill,
+    listed_config,
+    load_filled,
+    model_config,
+    prcl_css_keys,
+    read_conv_geometry,
+    read_key_list,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
 from common import IGNORE
-from common.config import ModelConfig
 from common.datasets.cityscapes import LABEL_ID_TABLE
 from common.datasets.source import UNKNOWN
-from common.models.deeplab import RATES
-from common.models.weights import deeplab_from_prcl_css, load_state
 from common.schedules import exponential_ramp
 from prcl.losses import (
     Prototypes,
@@ -84,11 +94,6 @@ def check_label_preparation(path: Path) -> None:
     labels = to_label(g["label_l"]), to_label(g["label_u"]), g["conf_u"]
     ours = contrastive_labels(*labels, float(g["weak_threshold"]), tuple(g["mask_all"].shape[-2:]))
     assert_close(one_hot(ours, int(g["num_classes"])), (g["label_all"] * g["mask_all"]).bool())
-
-
-def one_hot(label: Tensor, num_classes: int) -> Tensor:
-    """[B,h,w], 255 = none -> bool [B,C,h,w]."""
-    return label[:, None] == torch.arange(num_classes).view(-1, 1, 1)
 
 
 def check_score(path: Path) -> None:
@@ -163,12 +168,6 @@ def check_draws(g: Golden, classes: Prototypes, chance: Tensor) -> None:
         assert_close(seen[often], g["num_valid"][often])
 
 
-def local_label(g: Golden, prefix: str = "") -> Tensor:
-    """Classes [B,h,w] of the pixels that take part, 255 for the others."""
-    valid = g[f"{prefix}label_onehot"] * g[f"{prefix}mask"]
-    return valid.argmax(1).masked_fill(valid.sum(1) == 0, IGNORE)
-
-
 def local_prototypes(g: Golden) -> Prototypes:
     """Of this process, or with a second one where the file has it."""
     num_classes, others = g["label_onehot"].shape[1], []
@@ -185,18 +184,11 @@ def check_network(path: Path) -> None:
     g = read(path)
     network = PRCLNetwork(model_config(g), g["rep_shape"][1].item()).eval()
     segmenter = network.segmenter
-    state = fill(prcl_css_keys(segmenter))
-    load_state(segmenter, deeplab_from_prcl_css(state), path.name, "the segmenter")
-    head = "representation."
-    network.representation.load_state_dict({k.removeprefix(head): v for k, v in state.items() if k.startswith(head)})
+    load_filled(segmenter, network.representation)
     network.probability.load_state_dict(fill({k: tuple(v.shape) for k, v in network.probability.state_dict().items()}))
-
-    modules = {name: segmenter.encoder[name] for name in ("maxpool", "layer1", "layer2", "layer3", "layer4")}
-    modules |= {"aspp": segmenter.aspp}
-    caught = {}
-    for name, module in modules.items():
-        module.register_forward_hook(lambda _, __, output, name=name: caught.update({name: output}))
-    network.probability.register_forward_pre_hook(lambda _, args: caught.update(feat=args[0]))
+    caught = catch_stages(segmenter)
+    features = []
+    network.probability.register_forward_pre_hook(lambda _, args: features.append(args[0]))
     image = draw_input(int(g["x_seed"]), g["x_shape"].tolist())
     with torch.no_grad():
         output = network(image, image)
@@ -204,7 +196,7 @@ def check_network(path: Path) -> None:
     same = {"rtol": 1e-3, "atol": 1e-3}
     for name in ("labeled", "unlabeled"):
         close(output[name], g["pred"], **same)
-    both = output | {"feat": caught["feat"]}
+    both = output | {"feat": features[0]}
     for name, ours in (("rep", "mu"), ("feat", "feat"), ("sigma", "sigma")):
         for half in both[ours].chunk(2):
             assert name == "sigma" or list(half.shape) == g[f"{name}_shape"].tolist()
@@ -215,25 +207,18 @@ def check_network(path: Path) -> None:
         ("sigma_mean", output["sigma"]),
     ):
         close(ours.double().mean(), g[name], **same)
-    for name in modules:
+    for name in caught:
         assert list(caught[name].shape) == g[f"shape_{name}"].tolist()
         if name != "maxpool":
             close(caught[name].abs().double().mean(), g[f"{name}_absmean"], **same)
     close(caught["aspp"][:, ::32], g["aspp_sub32"], **same)
 
 
-def model_config(g: Golden) -> ModelConfig:
-    stem = "deep" if g["shape_maxpool"][1] == 128 else "plain"  # 64 channels
-    return ModelConfig(int(g["num_classes"]), "resnet101", stem, int(g["dilate_scale"]), pretrained=False)
-
-
 def check_key_lists(path: Path) -> None:
     for name, stem in (("plain", "plain"), ("stem", "deep")):
         theirs, geometry = read_key_list(path, name), read_conv_geometry(path, name)
-        stride = {rates[0]: stride for stride, rates in RATES.items()}[geometry["ASPP.convs.1.0"][1][0]]
-        model = ModelConfig(theirs["classifier.3.bias"][0], "resnet101", stem, stride, pretrained=False)
         with torch.device("meta"):
-            segmenter = PRCLNetwork(model, 256).segmenter
+            segmenter = PRCLNetwork(listed_config(path, name, stem), 256).segmenter
         assert prcl_css_keys(segmenter) == theirs
         assert conv_geometry(segmenter) == geometry
     head = ProbabilityHead(304, 256).state_dict()
