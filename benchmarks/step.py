@@ -132,7 +132,13 @@ def phase_times(train: Callable[[list[str]], None], arguments: list[str], steps:
         # A GPU works on after the host has gone on: there, its own clock counts.
         if event.name in PHASES and event.device_type.name == device.type.upper():
             times[event.name].append(event.time_range.elapsed_us() / 1000)
-    return {phase: times[phase][WARM_UP : steps - 1] for phase in PHASES if times[phase]}
+    return {phase: by_step(times[phase], steps)[WARM_UP : steps - 1] for phase in PHASES if times[phase]}
+
+
+def by_step(times: list[float], steps: int) -> list[float]:
+    """Sums over each step of a phase that a step enters as often as any other."""
+    often = round(len(times) / steps)
+    return [sum(times[first : first + often]) for first in range(0, len(times), often)]
 
 
 def replay(calls: list[Call], device: torch.device) -> None:
