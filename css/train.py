@@ -22,12 +22,10 @@ from torch.profiler import record_function
 from common import IGNORE
 from common.augment import (
     apply_geometry_batch,
-    draw_flip,
     draw_geometry,
-    flip_batch,
     mix_batch,
     normalize,
-    recolor,
+    recolor_and_flip,
 )
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
 from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, open_data
@@ -201,8 +199,7 @@ def augment_unlabeled(
     views = apply_geometry_batch(image, pseudo_label, confidence, geometries, crop)
     following = run.from_next_process(*(view[0] for view in views))
     image, pseudo_label, confidence = mix_batch(config.method.mix_mode, *views, rngs, following)
-    image = recolor(image, rngs)
-    return flip_batch(image, pseudo_label, confidence, [draw_flip(rng) for rng in rngs])
+    return recolor_and_flip(image, pseudo_label, confidence, rngs)
 
 
 def supervised_loss(logits: Tensor, label: Tensor, method: Method) -> Tensor:
@@ -300,9 +297,9 @@ def train(config: Config, run: Run) -> None:
 
     source, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    augmented = CropTransform(config.data.crop_size, config.data.scale_range, flip=True)
+    scaled = CropTransform(config.data.crop_size, config.data.scale_range)
     cropped = CropTransform(config.data.crop_size)
-    labeled_images = TrainingImages(source, split.labeled, augmented, config.run.seed, "labeled", with_label=True)
+    labeled_images = TrainingImages(source, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
     unlabeled_images = TrainingImages(source, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
 
     network = CSSNetwork(config.model, method.embedding_dim)
@@ -326,7 +323,7 @@ def train(config: Config, run: Run) -> None:
                 unlabeled: Batch = next(unlabeled_batches)
             with record_function("augmentation"):
                 rngs = generators(config.run.seed, "labeled, on the device", labeled.positions)
-                labeled_image = recolor(labeled.image, rngs)
+                labeled_image, label, _ = recolor_and_flip(labeled.image, labeled.label, None, rngs)
             with record_function("teacher"):
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = teacher_labels(
@@ -339,12 +336,12 @@ def train(config: Config, run: Run) -> None:
             with record_function("student"):
                 output = wrapped(normalize(labeled_image), normalize(image))
             with record_function("losses"):
-                size, corners = labeled.label.shape[-2:], network.segmenter.align_corners
-                supervised = supervised_loss(upsample(output["labeled"], size, corners), labeled.label, method)
+                size, corners = label.shape[-2:], network.segmenter.align_corners
+                supervised = supervised_loss(upsample(output["labeled"], size, corners), label, method)
                 unlabeled_logits = upsample(output["unlabeled"], size, corners)
                 first, last = ((pseudo_label[:, k], confidence[:, k]) for k in (0, -1))
                 unsupervised = unsupervised_loss(unlabeled_logits, *last, method.un_threshold)
-                contrastive = contrastive_term(output, memory, labeled.label, *first, config, run)
+                contrastive = contrastive_term(output, memory, label, *first, config, run)
                 loss = supervised + unsupervised + weight * contrastive
             with record_function("backward"):
                 run.backward(loss)
