@@ -346,19 +346,17 @@ def train(config: Config, run: Run) -> None:
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
+            losses = {"loss": loss, "loss_supervised": supervised}
+            losses |= {"loss_unsupervised": unsupervised, "loss_contrastive": contrastive}
+            stepped = run.step_optimizer(optimizer, losses)
         with record_function("teacher update"):
-            if not optimizer.step_was_skipped:  # fp16 skips a step whose gradients overflow
+            if stepped:
                 update_teacher(teacher, network, ema_decay(step, method.alpha_t))
-            run.share_statistics(network, teacher)
+                run.share_statistics(network, teacher)
 
         run.finish_step(
-            {
-                "loss": loss,
-                "loss_supervised": supervised,
-                "loss_unsupervised": unsupervised,
-                "loss_contrastive": contrastive,
+            losses
+            | {
                 "contrastive_weight": weight,
                 "confident": (last[1] >= method.un_threshold).float().mean(),
                 "pseudo_labeled": (last[0] != IGNORE).float().mean(),
