@@ -204,7 +204,7 @@ def test_thresholds_that_no_similarity_reaches_are_told_with_the_bound(method, t
 
 
 def test_the_warning_is_said_once(tiny, capsys):
-    main(tiny("css", "--method.similarity_temp", "1"))
+    main(tiny("css/train.py", "--method.similarity_temp", "1"))
     assert len(re.findall("similarity is at most", capsys.readouterr().out)) == 1
 
 
@@ -218,5 +218,5 @@ def test_the_warning_is_said_once(tiny, capsys):
     ],
 )
 def test_every_variant_trains(arguments, tiny, tmp_path):
-    main(tiny("css", *arguments))
+    main(tiny("css/train.py", *arguments))
     assert (tmp_path / "run" / "checkpoints" / "step_00000006").exists()

@@ -133,10 +133,10 @@ def test_steps_per_epoch(labels, batch, steps):
 
 
 def test_a_collapsed_probability_head_is_told_once(tiny, capsys):
-    main(tiny("prcl", "--method.uncer_lr", "100"))
+    main(tiny("prcl/train.py", "--method.uncer_lr", "100"))
     assert capsys.readouterr().out.count("lower method.uncer_lr (now 100)") == 1
 
 
 def test_a_healthy_probability_head_is_not(tiny, capsys):
-    main(tiny("prcl"))
+    main(tiny("prcl/train.py"))
     assert "uncer_lr" not in capsys.readouterr().out
