@@ -3,8 +3,9 @@
     python splits/make.py --dataset voc --data-root data/VOC2012 --labels 662 --seed 0 --out splits/voc
 
 writes splits/voc/662/0/{labeled,unlabeled,valid}_filename.txt. The same dataset, labels and seed give the same lists.
-Labeled images are chosen among those for training that have a label; all others for training are unlabeled; the
-dataset's own validation images are for validation. A split that exists is never written over.
+Labeled images are chosen among those for training that have a label (with --among FILE, of them those of a list); all
+others for training are unlabeled; the dataset's own validation images are for validation. A split that exists is never
+written over.
 
 Methods:
   random          each image alike; of one seed, fewer labels are part of more
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from common.config import DataConfig
 from common.datasets import open_source
+from common.datasets.source import read_lines
 from common.datasets.splits import (
     candidates,
     choose_class_covering,
@@ -40,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder_only = {"image_dir": args.image_dir, "label_dir": args.label_dir, "classes": args.classes}
     source = open_source(DataConfig(args.dataset, args.data_root, split="", **folder_only))
     names = candidates(source)
+    if args.among:
+        names = _among(names, args.among)
     count = _count(args.labels, len(names))
     method = args.method or ("class-covering" if args.dataset == "shapes" else "random")
     if method == "random":
@@ -64,12 +68,25 @@ def _parser() -> argparse.ArgumentParser:
         "--labels", required=True, help="number of labeled images, or their share of those with a label: 1/8"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--among",
+        type=Path,
+        help="list of ids, one a line: only these become labeled (VOC's own train.txt: the classic protocol)",
+    )
     parser.add_argument("--out", required=True, help="the split is written to OUT/<labels>/<seed>")
     parser.add_argument("--method", choices=("random", "class-covering", "every-rth"), help=METHOD_HELP)
     parser.add_argument("--image-dir", default=DataConfig.image_dir, help="of --dataset folder, as data.image_dir")
     parser.add_argument("--label-dir", default=DataConfig.label_dir, help="of --dataset folder, as data.label_dir")
     parser.add_argument("--classes", default=DataConfig.classes, help="of --dataset folder, as data.classes")
     return parser
+
+
+def _among(names: Sequence[str], path: Path) -> list[str]:
+    """Those of `names` that the list at `path` names. Raises UserError where it names something else."""
+    wanted = set(read_lines(path))
+    if unknown := sorted(wanted - set(names)):
+        raise UserError(f"--among {path} names {unknown[0]}, which is no image for training with a label")
+    return [name for name in names if name in wanted]
 
 
 def _count(labels: str, total: int) -> int:

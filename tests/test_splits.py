@@ -178,6 +178,15 @@ def test_make_writes_a_complete_split(tmp_path, method, capsys):
         assert split.labeled == NAMES[::4]
 
 
+def test_labeled_images_are_drawn_among_those_of_a_list(tmp_path):
+    voc_tree(tmp_path / "voc")
+    (tmp_path / "train.txt").write_text("".join(f"{name}\n" for name in NAMES[20:30]))
+    make(tmp_path / "voc", tmp_path / "splits", "--labels", "1/2", "--among", str(tmp_path / "train.txt"))
+    split = read_split(tmp_path / "splits" / "5" / "0")
+    assert set(split.labeled) <= set(NAMES[20:30])
+    assert sorted(split.labeled + split.unlabeled) == NAMES
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -187,6 +196,8 @@ def test_make_writes_a_complete_split(tmp_path, method, capsys):
         (["--labels", "1.5"], "give a number of images or a share"),
         (["--labels", "12", "--method", "every-rth"], "every 4th are 10"),
         (["--labels", "3/8", "--method", "every-rth"], "shares such as 1/8"),
+        (["--labels", "2", "--among", "nowhere.txt"], "nowhere.txt cannot be read"),
+        (["--labels", "2", "--among", "LICENSE"], "which is no image for training with a label"),
     ],
 )
 def test_make_tells_what_cannot_be(tmp_path, arguments, message, capsys):
