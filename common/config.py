@@ -62,6 +62,7 @@ class ModelConfig:
     Args:
         backbone: timm name of a ResNet: resnet18, resnet34, resnet50, resnet101 or resnet152.
         stem: `plain` is the 7x7 convolution, `deep` three 3x3 ones (64, 64, 128 channels).
+        head: What follows the backbone: `short` (PRCL, CSS), `deeplab` (CAC) or `cps` (original CPS, CPCL).
         output_stride: Stride of the last backbone features, 8 or 16.
         channels: Width of ASPP and heads; the papers' is 256.
         rates: Dilations of the ASPP's 3x3 branches; by default those of the output stride.
@@ -73,6 +74,7 @@ class ModelConfig:
     num_classes: PositiveInt
     backbone: str = "resnet101"
     stem: Literal["plain", "deep"] = "plain"
+    head: Literal["short", "deeplab", "cps"] = "short"
     output_stride: Literal[8, 16] = 16
     channels: PositiveInt = 256
     rates: Optional[tuple[PositiveInt, PositiveInt, PositiveInt]] = None
@@ -85,10 +87,11 @@ class OptimConfig:
     """Optimizer and batch.
 
     Args:
-        name: `sgd` (momentum, Nesterov) or `adamw`.
+        name: `sgd` or `adamw`.
         lr: Learning rate at the first step.
         weight_decay: Weight decay of all parameters.
         momentum: Momentum of `sgd`.
+        nesterov: Whether that momentum is Nesterov's.
         poly_power: Exponent of the polynomial decay of the learning rate.
         batch_size: Labeled images a step, over all processes; as many unlabeled ones.
         accumulation: Backward passes a step the batch is cut into.
@@ -98,6 +101,7 @@ class OptimConfig:
     lr: PositiveFloat = 1e-2
     weight_decay: NonNegativeFloat = 5e-4
     momentum: ClosedUnitInterval = 0.9
+    nesterov: bool = True
     poly_power: NonNegativeFloat = 0.9
     batch_size: PositiveInt = 16
     accumulation: PositiveInt = 1

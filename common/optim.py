@@ -20,7 +20,7 @@ def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.o
             lr=optim.lr,
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
-            nesterov=optim.momentum > 0,
+            nesterov=optim.nesterov and optim.momentum > 0,
             fused=True,
         )
     for group in optimizer.param_groups:

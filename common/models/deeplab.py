@@ -1,4 +1,4 @@
-"""DeepLabV3+ (Chen et al., 2018) as PRCL and CSS have it."""
+"""DeepLabV3+ (Chen et al., 2018) as PRCL and CSS have it, and with the longer decoder of CAC, CPS and CPCL."""
 
 import timm
 import torch
@@ -37,6 +37,28 @@ class ASPP(nn.Module):
         return self.project(torch.cat([*(branch(high) for branch in self.branches), pooled], dim=1))
 
 
+class SummedASPP(nn.Module):
+    """The pyramid of CPS and CPCL: the four local branches are joined first, then the pooled one is added to them.
+
+    The local branches share one batch norm; every norm is followed by a leaky ReLU. Arguments as `ASPP`.
+    """
+
+    def __init__(self, in_channels: int, rates: tuple[int, int, int], channels: int) -> None:
+        super().__init__()
+        dilated = [convolution(in_channels, channels, 3, rate) for rate in rates]
+        self.branches = nn.ModuleList([convolution(in_channels, channels, 1), *dilated])
+        self.norm = norm_leaky(4 * channels)
+        self.reduce = convolution(4 * channels, channels, 1)
+        into, out = convolution(in_channels, channels, 1), convolution(channels, channels, 1)
+        self.pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), into, *norm_leaky(channels), out)
+        self.project = norm_leaky(channels)
+
+    def forward(self, high: Tensor) -> Tensor:
+        """[B,in_channels,h,w] -> [B,channels,h,w]."""
+        local = self.reduce(self.norm(torch.cat([branch(high) for branch in self.branches], dim=1)))
+        return self.project(local + self.pooled(high))
+
+
 class DeepLabV3Plus(nn.Module):
     """Dilated ResNet, ASPP, and a decoder that adds the backbone's first stage at stride 4.
 
@@ -57,6 +79,9 @@ class DeepLabV3Plus(nn.Module):
         UserError: see `build_resnet`.
     """
 
+    multi_grid = False
+    pyramid: type[nn.Module] = ASPP
+
     def __init__(
         self,
         backbone: str,
@@ -70,9 +95,9 @@ class DeepLabV3Plus(nn.Module):
     ) -> None:
         super().__init__()
         self.align_corners = align_corners
-        self.encoder = build_resnet(backbone, stem, output_stride, download)
+        self.encoder = build_resnet(backbone, stem, output_stride, download, self.multi_grid)
         low_channels, high_channels = self.encoder.feature_info.channels()
-        self.aspp = ASPP(high_channels, rates or RATES[output_stride], channels)
+        self.aspp = self.pyramid(high_channels, rates or RATES[output_stride], channels)
         self.low = conv_bn_relu(low_channels, LOW_CHANNELS, 1)
         self.channels, self.feature_channels = channels, LOW_CHANNELS + channels
         self.classifier = conv_head(self.feature_channels, channels, num_classes)
@@ -97,6 +122,61 @@ class DeepLabV3Plus(nn.Module):
         return self.classifier(self.features(image))
 
 
+class CACDeepLab(DeepLabV3Plus):
+    """DeepLabV3+ as CAC has it: two 3x3 convolutions in the decoder, dropout 0.5 and 0.1, multi-grid backbone.
+
+    `features` are those after the decoder: [B,channels,h,w]. Convolutions outside the backbone start from Kaiming's
+    normal initialisation. Arguments and errors as `DeepLabV3Plus`; `output_stride` is 16.
+    """
+
+    multi_grid = True
+
+    def __init__(self, backbone: str, num_classes: int, *args, **kwargs) -> None:
+        super().__init__(backbone, num_classes, *args, **kwargs)
+        self.aspp.project.append(nn.Dropout(0.5))
+        first = conv_bn_relu(self.feature_channels, self.channels, 3)
+        self.decoder = nn.Sequential(*first, nn.Dropout(0.5), *conv_bn_relu(self.channels, self.channels, 3))
+        self.classifier = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(self.channels, num_classes, 1))
+        self.feature_channels = self.channels
+        init_heads(self)
+
+    def features(self, image: Tensor) -> Tensor:
+        """[B,3,H,W], normalised -> [B,channels,h,w] at stride 4."""
+        return self.decoder(super().features(image))
+
+
+class CPSDeepLab(DeepLabV3Plus):
+    """DeepLabV3+ as original CPS and CPCL have it: `SummedASPP`, two 3x3 convolutions, no dropout, multi-grid backbone.
+
+    The papers' has the deep stem. Otherwise as `CACDeepLab`.
+    """
+
+    multi_grid = True
+    pyramid = SummedASPP
+
+    def __init__(self, backbone: str, num_classes: int, *args, **kwargs) -> None:
+        super().__init__(backbone, num_classes, *args, **kwargs)
+        first = conv_bn_relu(self.feature_channels, self.channels, 3)
+        self.decoder = nn.Sequential(*first, *conv_bn_relu(self.channels, self.channels, 3))
+        self.classifier = nn.Conv2d(self.channels, num_classes, 1)
+        self.feature_channels = self.channels
+        init_heads(self)
+
+    def features(self, image: Tensor) -> Tensor:
+        """[B,3,H,W], normalised -> [B,channels,h,w] at stride 4."""
+        return self.decoder(super().features(image))
+
+
+NETWORKS = {"short": DeepLabV3Plus, "deeplab": CACDeepLab, "cps": CPSDeepLab}  # by `model.head`
+
+
+def init_heads(network: DeepLabV3Plus) -> None:
+    """Kaiming's normal initialisation (fan in, ReLU) of every convolution outside the backbone; biases stay."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.startswith("encoder."):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+
+
 def build_network(model: ModelConfig) -> DeepLabV3Plus:
     """The network of a config's `model` section. torch's seed decides its random initial weights.
 
@@ -104,7 +184,7 @@ def build_network(model: ModelConfig) -> DeepLabV3Plus:
         UserError: a value the network does not know; ImageNet weights that cannot be downloaded, read or do not fit.
     """
     is_timm_name = isinstance(model.pretrained, str) and timm.is_model_pretrained(model.pretrained)
-    network = DeepLabV3Plus(
+    network = NETWORKS[model.head](
         model.backbone,
         model.num_classes,
         model.stem,
@@ -122,12 +202,19 @@ def build_network(model: ModelConfig) -> DeepLabV3Plus:
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Sequential:
     """A convolution that keeps the size, without bias, batch norm, ReLU."""
+    first = convolution(in_channels, out_channels, kernel_size, dilation)
+    return nn.Sequential(first, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+
+
+def convolution(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the size, without bias."""
     padding = dilation * (kernel_size // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )
+    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False)
+
+
+def norm_leaky(channels: int) -> nn.Sequential:
+    """Batch norm and a leaky ReLU (slope 0.01)."""
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU(inplace=True))
 
 
 def conv_head(in_channels: int, channels: int, out_channels: int) -> nn.Sequential:

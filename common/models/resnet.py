@@ -18,12 +18,13 @@ class Geometry:
     Args:
         stride: Stride of layer4's output. timm's rule (also torchvision's) gives a stage that lost its stride the
             dilation it stands for, except in its first 3x3 convolution, which keeps the dilation of the stage before.
-        dilation: Stages (`layer3`, `layer4`) whose 3x3 convolutions all have this dilation instead.
+        dilation: Stages (`layer3`, `layer4`) whose 3x3 convolutions have these dilations instead, one a block; the last
+            one is also that of all further blocks.
         ceil_mode: The max-pool rounds up, which makes the features of an even input one pixel larger (512 -> 129).
     """
 
     stride: int
-    dilation: dict[str, int] = field(default_factory=dict)
+    dilation: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ceil_mode: bool = False
 
 
@@ -38,7 +39,11 @@ GEOMETRIES = {
 
 
 def build_resnet(
-    backbone: str, stem: str = "plain", output_stride: int = 16, download: bool | str = False
+    backbone: str,
+    stem: str = "plain",
+    output_stride: int = 16,
+    download: bool | str = False,
+    multi_grid: bool = False,
 ) -> nn.Module:
     """A ResNet without its classifier, randomly initialised (timm's Kaiming rule) or with timm's ImageNet weights.
 
@@ -52,6 +57,7 @@ def build_resnet(
         output_stride: 16 or 8; see `GEOMETRIES`.
         download: Fetch ImageNet weights: those of a timm name (`resnet101.a1h_in1k`), or with True torchvision's first
             ones, which the papers start from; for `deep`, Gluon's.
+        multi_grid: Dilate layer4 by 2, 4 and 8 in its three blocks; for stride 16 only.
 
     Raises:
         UserError: unknown backbone, stem or stride; weights that do not exist or cannot be downloaded.
@@ -63,7 +69,9 @@ def build_resnet(
             f"model.stem is {stem!r} with model.output_stride {output_stride!r}; "
             "stems are plain and deep, strides 8 and 16"
         )
-    geometry = GEOMETRIES[stem, output_stride]
+    if multi_grid and output_stride != MULTI_GRID.stride:
+        raise UserError(f"model.output_stride {output_stride} does not go with this model.head, whose stride is 16")
+    geometry = MULTI_GRID if multi_grid else GEOMETRIES[stem, output_stride]
     deep = {"stem_type": "deep", "stem_width": 64} if stem == "deep" else {}
     options = {"features_only": True, "out_indices": (1, 4), "output_stride": geometry.stride} | deep
     network = (
@@ -72,8 +80,9 @@ def build_resnet(
         else timm.create_model(backbone, pretrained=False, **options)
     )
     network["maxpool"].ceil_mode = geometry.ceil_mode
-    for stage, dilation in geometry.dilation.items():
-        _set_dilation(network[stage], dilation)
+    for stage, dilations in geometry.dilation.items():
+        for index, block in enumerate(network[stage]):
+            _set_dilation(block, dilations[min(index, len(dilations) - 1)])
     return network
 
 
@@ -102,7 +111,7 @@ def _download(backbone: str, stem: str, given: bool | str, options: dict) -> nn.
         hub_log.setLevel(level)
 
 
-def _set_dilation(stage: nn.Module, dilation: int) -> None:
-    for module in stage.modules():
+def _set_dilation(block: nn.Module, dilation: int) -> None:
+    for module in block.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             module.dilation = module.padding = (dilation, dilation)
