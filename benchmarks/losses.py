@@ -3,6 +3,7 @@
     python benchmarks/losses.py prcl
     python benchmarks/losses.py css
     python benchmarks/losses.py prcl --rows ours --scale 0.25 --repeats 1
+    python benchmarks/losses.py cac
 
 Every row runs in a process of its own. Memory is what the process needed beyond its inputs, at its peak.
 """
@@ -22,7 +23,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from cac_cps import losses as cac
 from common.devices import check_compiler
 from common.errors import UserError, told
 from css import losses as css
@@ -106,9 +109,52 @@ def css_plain(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
     return total / len(samples.classes)
 
 
+CAC_CLASSES, CAC_THRESHOLD, CAC_TEMP = 21, 0.75, 0.1
+
+
+def cac_inputs(scale: float, device: torch.device) -> tuple[Tensor, ...]:
+    """Embedding, confidence and class of 6400 places in either view, of which all learn, and a bank of 51,200 rows."""
+    anchors, rows = round(6400 * scale), round(51200 * scale)
+    bank, *embedding = (
+        F.normalize(torch.randn(count, 128, device=device), dim=1) for count in (rows, anchors, anchors)
+    )
+    even = torch.arange(anchors, device=device) % 2 == 0
+    confidence = (torch.where(side, 0.9, 0.5) for side in (even, ~even))
+    labels = (torch.randint(0, CAC_CLASSES, (count,), device=device) for count in (anchors, anchors, rows))
+    return *(values.requires_grad_() for values in embedding), *confidence, *labels, bank
+
+
+def cac_loss(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
+    """Both directions as training computes them."""
+    first, second, confidence1, confidence2, label1, label2, bank_label, bank = inputs
+    sides = (first, second), (confidence1, confidence2), (label1, label2), (bank, bank_label)
+    return sum(cac.context_loss(*sides, CAC_THRESHOLD, CAC_TEMP, CAC_CLASSES))
+
+
+def cac_plain(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
+    """The formula for every place in both directions, the bank in checkpointed chunks of 8000 rows, as released."""
+    first, second, confidence1, confidence2, label1, label2, bank_label, bank = inputs
+    weights = cac.directions((confidence1, confidence2), CAC_THRESHOLD)
+    total = bank.new_zeros(())
+    for anchor, positive, label, weight in ((first, second, label1, weights[0]), (second, first, label2, weights[1])):
+
+        def chunk_sum(anchor: Tensor, rows: Tensor, classes: Tensor, label: Tensor = label) -> Tensor:
+            mask = (classes[None] != label[:, None]).float()
+            return (mask * torch.exp(anchor @ rows.T / CAC_TEMP - 1 / CAC_TEMP)).sum(1)
+
+        attraction = torch.exp((anchor * positive.detach()).sum(1) / CAC_TEMP - 1 / CAC_TEMP)
+        denominator = attraction
+        for rows, classes in zip(bank.split(8000), bank_label.split(8000)):
+            denominator = denominator + checkpoint(chunk_sum, anchor, rows, classes, use_reentrant=False)
+        loss = -torch.log(attraction / denominator + cac.EPSILON)
+        total = total + (weight * loss).sum() / (weight.sum() + 1e-12)
+    return total
+
+
 # What is measured of each paper: how its inputs are made, and its rows.
 PAPERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "css": (css_inputs, {"ours": css_loss, "plain formula": css_plain}),
+    "cac": (cac_inputs, {"ours": cac_loss, "plain formula": cac_plain}),
     "prcl": (
         prcl_inputs,
         {"ours": prcl_loss, "ours, compiled": partial(prcl_loss, compile=True), "plain formula": prcl_plain},

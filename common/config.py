@@ -260,7 +260,11 @@ def _parse(parser: ArgumentParser, config_class: type[T], read: Callable[[], Nam
 def _make_plain(section: Any) -> None:
     """Turn the parser's own number types (PositiveInt, ...) into int and float, which can be stored without pickle."""
     for field in dataclasses.fields(section):
-        setattr(section, field.name, _plain_value(getattr(section, field.name)))
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _make_plain(value)
+        else:
+            setattr(section, field.name, _plain_value(value))
 
 
 def _plain_value(value: Any) -> Any:
@@ -330,10 +334,8 @@ def _check_values(config: Any) -> None:
             most = LIMITS.get(key, LARGEST)
             if isinstance(number, int) and abs(number) > most:
                 raise UserError(f"{key} is {number}; the most is {most}")
-    for section in ("data", "method"):
-        low, high = getattr(getattr(config, section), "scale_range", (1, 1))
-        if low > high:
-            raise UserError(f"{section}.scale_range is [{low}, {high}]; the smaller scale comes first")
+        if key.endswith(".scale_range") and value[0] > value[1]:
+            raise UserError(f"{key} is [{value[0]}, {value[1]}]; the smaller scale comes first")
     if config.run.steps is None and config.run.epochs is None:
         raise UserError("the length of the run is missing: set run.steps or run.epochs")
     if config.run.steps is not None and config.run.epochs is not None:

@@ -128,6 +128,7 @@ def save_panel(
     run: "Run",
     threshold: float | None = None,
     maps: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
+    protocol: Protocol = Protocol(),
 ) -> None:
     """Write the picture of an evaluation: some validation images, then some unlabeled ones (without their labels).
 
@@ -136,13 +137,14 @@ def save_panel(
     Args:
         threshold: Confidence from which a prediction on an unlabeled image is shown as pseudo-label; None shows none.
         maps: What else to show of an image; see `sample_predictions`.
+        protocol: Window, scales and flip.
     """
     if not run.is_main:
         return
-    network, protocol = run.accelerator.unwrap_model(network, keep_torch_compile=False), Protocol()
+    network = run.accelerator.unwrap_model(network, keep_torch_compile=False)
     samples = [
-        *sample_predictions(network, source, _spread(split.valid), protocol, run.device, maps=maps),
-        *sample_predictions(network, source, _spread(split.unlabeled), protocol, run.device, False, threshold, maps),
+        *sample_predictions(network, source, spread(split.valid), protocol, run.device, maps=maps),
+        *sample_predictions(network, source, spread(split.unlabeled), protocol, run.device, False, threshold, maps),
     ]
     title = f"{run.folder.name}, step {run.step}: valid, then unlabeled images ({protocol.describe()})"
     path = run.picture_path()
@@ -152,7 +154,7 @@ def save_panel(
         run.log.say(f"warning: picture {path} could not be written ({error.strerror}); going on")
 
 
-def _spread(names: Sequence[str]) -> list[str]:
+def spread(names: Sequence[str]) -> list[str]:
     """Up to `PICTURED` names, evenly over the list: neighbours are often frames of one scene."""
     count = min(PICTURED, len(names))
     return [names[index * len(names) // count] for index in range(count)]

@@ -26,6 +26,7 @@ class Protocol:
         crop: Height and width of the sliding window, in pixels of the scaled image; None for the whole image at once.
         scales: Factors the image is resized by before the network sees it.
         flip: Also predict the mirrored image.
+        multiple: A whole image is reflected at its bottom and right until its sides are multiples of so many pixels.
 
     Raises:
         UserError: a scale or a side of the window is not above 0.
@@ -34,6 +35,7 @@ class Protocol:
     crop: tuple[int, int] | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if not self.scales or not all(math.isfinite(scale) and scale > 0 for scale in self.scales):
@@ -43,7 +45,7 @@ class Protocol:
 
     def describe(self) -> str:
         """One line, for instance `sliding window 512x512 stride 342x342, scales 0.5 1, flip`."""
-        area = "whole image"
+        area = "whole image" + (f" padded to multiples of {self.multiple}" if self.multiple > 1 else "")
         if self.crop is not None:
             strides = [_stride(side) for side in self.crop]
             area = f"sliding window {self.crop[0]}x{self.crop[1]} stride {strides[0]}x{strides[1]}"
@@ -98,7 +100,14 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 
 
 def _whole(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: Protocol) -> tuple[Tensor, Tensor]:
-    logits = _forward(network, normalize(image), size, protocol.flip)
+    image = normalize(image)
+    if protocol.multiple == 1:
+        logits = _forward(network, image, size, protocol.flip)
+    else:
+        height, width = image.shape[-2:]
+        padded = F.pad(image, (0, -width % protocol.multiple, 0, -height % protocol.multiple), mode="reflect")
+        logits = _forward(network, padded, padded.shape[-2:], protocol.flip)[..., :height, :width]
+        logits = _resized(logits, size, False)
     return logits, logits.new_full(size, 1 + protocol.flip)
 
 

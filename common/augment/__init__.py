@@ -14,8 +14,9 @@ from common.augment.geometry import (
     draw_geometry,
     flip,
     flip_batch,
+    nearest_crop,
 )
-from common.augment.mixing import mix_batch
+from common.augment.mixing import draw_toggled_masks, mix, mix_batch
 from common.augment.photometric import (
     Photometric,
     PhotometricRanges,
@@ -39,9 +40,12 @@ __all__ = [
     "draw_flip",
     "draw_geometry",
     "draw_photometric",
+    "draw_toggled_masks",
     "flip",
     "flip_batch",
+    "mix",
     "mix_batch",
+    "nearest_crop",
     "normalize",
     "recolor_and_flip",
 ]

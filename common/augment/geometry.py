@@ -49,7 +49,7 @@ def apply_geometry(
     """
     maps = []
     for values, fill in ((label, IGNORE), (confidence, 0)):
-        maps.append(None if values is None else _nearest_crop(values, geometry, crop_size, fill))
+        maps.append(None if values is None else nearest_crop(values, geometry, crop_size, fill))
     return _image_crop(image, geometry, crop_size), *maps
 
 
@@ -65,7 +65,7 @@ def apply_geometry_batch(
     maps = []
     for values, fill in ((label, IGNORE), (confidence, 0)):
         if values is not None:
-            crops = [_nearest_crop(v, g, crop_size, fill) for v, g in zip(values, geometries, strict=True)]
+            crops = [nearest_crop(v, g, crop_size, fill) for v, g in zip(values, geometries, strict=True)]
             values = torch.stack(crops)
         maps.append(values)
     return torch.stack(images), *maps
@@ -111,8 +111,11 @@ def _image_crop(image: Tensor, geometry: Geometry, crop_size: Sequence[int]) -> 
     return image.movedim(channels, 0)
 
 
-def _nearest_crop(values: Tensor, geometry: Geometry, crop_size: Sequence[int], fill: int) -> Tensor:
-    """Only the pixels of the crop are picked. The nearest pixel is that of torch's `nearest-exact`, in integers."""
+def nearest_crop(values: Tensor, geometry: Geometry, crop_size: Sequence[int], fill: int) -> Tensor:
+    """The crop of `values` [...,H,W] resized to the nearest pixel, with `fill` below and right of what there is.
+
+    Only the pixels of the crop are picked. The nearest pixel is that of torch's `nearest-exact`, in integers.
+    """
     nearest = []
     for dim, side, start, crop in _axes(geometry, crop_size):
         wanted = torch.arange(start, start + min(side, crop), device=values.device)

@@ -45,6 +45,31 @@ def box_mask(boxes: Sequence[Box], height: int, width: int, device: torch.device
     return mask
 
 
+def draw_toggled_masks(
+    rng: Generator,
+    count: int,
+    height: int,
+    width: int,
+    proportions: tuple[float, float] = (0.25, 0.5),
+    boxes: int = 3,
+) -> np.ndarray:
+    """CPS's and CPCL's masks, bool [count,H,W]: True inside an odd number of a mask's random boxes.
+
+    The boxes have the share `proportions` of the area together, were they not to overlap, and any shape that fits.
+    Every box toggles what it covers, as in French et al., "Semi-supervised semantic segmentation needs strong, varied
+    perturbations", 2020.
+    """
+    share = rng.uniform(*proportions, size=(count, boxes))
+    tall = np.exp(rng.uniform(0.0, 1.0, size=(count, boxes)) * np.log(share))
+    sizes = np.round(np.stack([tall, share / tall], axis=2) * np.sqrt(1 / boxes) * (height, width))
+    starts = np.round(((height, width) - sizes) * rng.uniform(0.0, 1.0, size=sizes.shape))
+    masks = np.zeros((count, height, width), dtype=bool)
+    for mask, corners, ends in zip(masks, starts.astype(int), (starts + sizes).astype(int)):
+        for (top, left), (bottom, right) in zip(corners, ends):
+            mask[top:bottom, left:right] ^= True
+    return masks
+
+
 def draw_class_keys(rng: Generator) -> np.ndarray:
     """A random rank for each of the 256 values a label can have: which of them are present only the device knows."""
     return rng.permutation(256)

@@ -8,7 +8,7 @@ position.
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -24,8 +24,9 @@ from common.datasets.splits import Split, read_split
 from common.errors import UserError
 from common.seeding import generator
 
-# (image uint8 [3,H,W], label uint8 [H,W] or None, random numbers) -> the same two, augmented and cropped
-Transform = Callable[[torch.Tensor, torch.Tensor | None, np.random.Generator], tuple[torch.Tensor, torch.Tensor | None]]
+# (image uint8 [3,H,W], label uint8 [H,W] or None, random numbers) -> the same two, augmented and cropped; what follows
+# them, if anything, reaches the training step as the batch's `details`
+Transform = Callable[[torch.Tensor, torch.Tensor | None, np.random.Generator], tuple]
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Batch:
         names: Ids of the images.
         positions: Their positions in the stream: what random numbers of later augmentation are derived from.
         skipped: What was wrong with images that others stand in for.
+        details: What else the transform says of each image, on the host; nothing for most.
     """
 
     image: torch.Tensor
@@ -45,6 +47,7 @@ class Batch:
     names: list[str]
     positions: list[int]
     skipped: tuple[str, ...] = ()
+    details: list[Any] = field(default_factory=list)
 
     def pin_memory(self) -> "Batch":
         """What a loader calls for a GPU: copies from page-locked memory do not wait."""
@@ -116,8 +119,8 @@ class TrainingImages(Dataset):
                 bad.append(error)
                 continue
             rng = generator(self.seed, self.stream, position)
-            image, label = self.transform(image, label, rng)
-            return Batch(image, label, [name], [position], tuple(map(str, bad[:1])))
+            image, label, *details = self.transform(image, label, rng)
+            return Batch(image, label, [name], [position], tuple(map(str, bad[:1])), details)
         # Raised here it would reach the user as a worker's traceback; the run raises it in the main process.
         return bad[0]
 
@@ -251,4 +254,5 @@ def _collate(items: "list[Batch | UserError]") -> "Batch | UserError":
         [name for item in items for name in item.names],
         [position for item in items for position in item.positions],
         tuple(reason for item in items for reason in item.skipped),
+        [detail for item in items for detail in item.details],
     )

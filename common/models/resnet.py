@@ -33,9 +33,11 @@ class Geometry:
 GEOMETRIES = {
     ("plain", 16): Geometry(16),
     ("plain", 8): Geometry(8),
-    ("deep", 16): Geometry(8, {"layer4": 2}, ceil_mode=True),
-    ("deep", 8): Geometry(8, {"layer3": 2, "layer4": 4}, ceil_mode=True),
+    ("deep", 16): Geometry(8, {"layer4": (2,)}, ceil_mode=True),
+    ("deep", 8): Geometry(8, {"layer3": (2,), "layer4": (4,)}, ceil_mode=True),
 }
+# What CAC, CPS and CPCL do with either stem: stride 16, and dilations that double from block to block.
+MULTI_GRID = Geometry(16, {"layer4": (2, 4, 8)})
 
 
 def build_resnet(

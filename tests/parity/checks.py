@@ -26,6 +26,7 @@ from common.augment import (
     normalize,
 )
 from common.augment.photometric import IMAGENET_MEAN, IMAGENET_STD
+from common.datasets.loaders import Transform
 from common.ema import make_teacher, update_teacher
 from common.losses import cross_entropy
 from common.metrics import ConfusionMatrix
@@ -142,7 +143,66 @@ def check_miou(path: Path) -> None:
         assert scores.miou == pytest.approx(float(g["miou"]), abs=1e-6)
 
 
+def check_poly_rates(optimizer: torch.optim.Optimizer, want: Tensor, total: int, power: float = 0.9) -> None:
+    """Rates `want` [steps,groups] of a schedule over `total` steps; groups of the optimizer with the same rate are one.
+
+    Larger rates come first.
+    """
+    for step, rates in enumerate(want.tolist()):
+        set_lr(optimizer, poly(step, total, power))
+        ours = {group["initial_lr"]: group["lr"] for group in optimizer.param_groups}
+        assert [ours[first] for first in sorted(ours, reverse=True)] == pytest.approx(rates, rel=0, abs=1e-9)
+
+
 # ---- augmentation
+
+
+class Replay:
+    """Recorded draws in place of random ones.
+
+    Args:
+        rows: [n,4] of (kind, low, high, value): 0 an integer from low to high, 1 a number in [0,1), 2 one of a list.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows.tolist()
+
+    def integers(self, low: int, high: int, endpoint: bool) -> int:
+        if low == high and not (self.rows and self.rows[0][0] == 0):
+            return low  # no draw was made
+        kind, _, _, value = self.rows.pop(0)
+        assert kind == 0 and endpoint
+        return int(value)
+
+    def random(self) -> float:
+        kind, *_, value = self.rows.pop(0)
+        assert kind == 1
+        return value
+
+    def choice(self, values) -> float:
+        kind, *_, value = self.rows.pop(0)
+        assert kind == 2 and value in values
+        return value
+
+
+def check_crop(
+    transform: Transform, image: Tensor, label: Tensor, draws: Tensor, want_image: Tensor, want_label: Tensor
+) -> None:
+    """A crop of `image` [H,W,3] and `label` [H,W] by recorded draws: images within a grey level.
+
+    OpenCV rounds to the pixel above and before, also of a mirrored image: labels are the wanted ones, or would be, were
+    the label moved by a row, a column or both.
+    """
+    image, label = image.permute(2, 0, 1), label.to(torch.uint8)
+    allowed = torch.zeros_like(want_label, dtype=torch.bool)
+    for down, right in itertools.product((0, 1, -1), repeat=2):
+        rows, columns = (torch.arange(side) for side in label.shape)
+        moved = label[(rows - down).clamp(0, len(rows) - 1)][:, (columns - right).clamp(0, len(columns) - 1)]
+        ours, our_label = transform(image, moved, Replay(draws))
+        allowed |= our_label == want_label
+    error = (normalize(ours) - want_image).abs()
+    assert (error <= GREY_LEVEL).all(), f"{(error / GREY_LEVEL).max():.2f} grey levels"
+    assert allowed.all(), f"{(~allowed).sum()} labels differ"
 
 
 def check_batch_transform(path: Path) -> None:

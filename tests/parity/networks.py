@@ -115,3 +115,55 @@ def _fill_one(index: int, key: str, shape: tuple[int, ...]) -> Tensor:
 def draw_input(seed: int, shape: Sequence[int]) -> Tensor:
     """The input of a network golden."""
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype(np.float32))
+
+
+# ---- CAC, CPS
+
+# The projector, which is no part of the segmenter: the released name -> shape.
+CAC_PROJECTOR = {
+    "project.0.weight": (256, 256, 1, 1),
+    "project.0.bias": (256,),
+    "project.2.weight": (128, 256, 1, 1),
+    "project.2.bias": (128,),
+}
+
+
+def read_keys(path: Path) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a golden that lists (key, shape, type)."""
+    with gzip.open(path, "rt") as file:
+        return {key: tuple(shape) for key, shape, _ in json.load(file)}
+
+
+def official_keys(network: nn.Module, names: Mapping[str, str], before: str = "") -> dict[str, tuple[int, ...]]:
+    """The official key list (key -> shape) of our network from a map of prefixes, official -> ours."""
+    shapes = {}
+    for key, value in network.state_dict().items():
+        official, ours = next((official, ours) for official, ours in names.items() if key.startswith(ours))
+        shapes[before + official + key.removeprefix(ours)] = tuple(value.shape)
+    return shapes
+
+
+def fill_small(shapes: Mapping[str, Sequence[int]], offset: int = 0) -> dict[str, Tensor]:
+    """Weights by the rule of the CAC, CPS and CPCL goldens: draws of 0.02 seeded by the rank of the sorted key."""
+    state = {}
+    for index, key in enumerate(sorted(shapes)):
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.zeros((), dtype=torch.int64)
+            continue
+        value = np.random.RandomState(index + offset).standard_normal(tuple(shapes[key])) * 0.02
+        is_norm = key.removesuffix("weight") + "running_mean" in shapes
+        if key.endswith("running_var"):
+            value = 1 + np.abs(value)
+        elif key.endswith("weight") and is_norm:
+            value = 1 + value
+        state[key] = torch.from_numpy(value.astype(np.float32))
+    return state
+
+
+class Caught(dict):
+    """What the given modules return, by name, from the next forward on."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            module.register_forward_hook(lambda _, __, output, name=name: self.update({name: output}))

@@ -1,0 +1,225 @@
+"""Crops for training as CAC and CPS cut them, and CAC's pairs of crops with their overlap.
+
+Draws come from a `numpy.random.Generator`, in the order of the released code.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from common import IGNORE
+from common.augment import Geometry, nearest_crop
+
+CELL = 8  # pixels of an image per cell of CAC's feature maps, along a side
+TRIALS = 50
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's, in grey levels: about 0 once normalised
+
+
+@dataclass(frozen=True)
+class LongerSideCrop:
+    """CAC's crop of a labeled image: the longer side becomes a random length, a crop, and half of them mirrored.
+
+    Attributes:
+        crop_size: Height and width of the result, pixels.
+        base: Length of the longer side at scale 1, pixels.
+        scale_range: Of that length.
+    """
+
+    crop_size: tuple[int, int]
+    base: int
+    scale_range: tuple[float, float]
+
+    def __call__(self, image: Tensor, label: Tensor | None, rng: Generator) -> tuple[Tensor, Tensor | None]:
+        height, width = draw_size(rng, image.shape[-2:], self.base, self.scale_range)
+        top, left = (_draw_start(rng, side, crop) for side, crop in zip((height, width), self.crop_size))
+        image = cut(resize(image, height, width), [(top, left)], self.crop_size)[0]
+        if label is not None:
+            label = nearest_crop(label, Geometry(height, width, top, left), self.crop_size, IGNORE)
+        return mirror(image, label, rng.random() > 0.5)
+
+
+@dataclass(frozen=True)
+class ScaleChoiceCrop:
+    """Original CPS's crop: half of the images mirrored, one of few scales, a crop with the padding all around.
+
+    Attributes:
+        crop_size: Height and width of the result, pixels.
+        scales: The scales, each as likely.
+    """
+
+    crop_size: tuple[int, int]
+    scales: tuple[float, ...]
+
+    def __call__(self, image: Tensor, label: Tensor | None, rng: Generator) -> tuple[Tensor, Tensor | None]:
+        image, label = mirror(image, label, rng.random() >= 0.5)
+        scale = float(rng.choice(self.scales))
+        height, width = (int(side * scale) for side in image.shape[-2:])
+        sides = tuple(zip((height, width), self.crop_size))
+        top, left = (_draw_start(rng, side, crop) if side > crop else 0 for side, crop in sides)
+        above, before = (max(0, crop - side) // 2 for side, crop in sides)
+        resized = functional.resize(image, [height, width], InterpolationMode.BILINEAR, antialias=False)
+        image = cut(resized, [(top - above, left - before)], self.crop_size)[0]
+        if label is not None:
+            label = nearest_crop(label, Geometry(height, width, top, left), self.crop_size, IGNORE)
+            label = label.roll((above, before), (-2, -1))  # what it is rolled over is padding
+        return image, label
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two crops of one resized image whose displacement is a whole number of cells.
+
+    Attributes:
+        height, width: Size the image is resized to, pixels.
+        corners: (top, left) of either crop, pixels.
+        overlaps: (top, left, bottom, right) of the common area in either crop, pixels, before any mirroring.
+        flips: Whether either crop is mirrored.
+    """
+
+    height: int
+    width: int
+    corners: tuple[tuple[int, int], tuple[int, int]]
+    overlaps: tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
+    flips: tuple[bool, bool]
+
+
+def draw_pair(
+    rng: Generator,
+    size: Sequence[int],
+    crop_size: Sequence[int],
+    base: int,
+    scale_range: Sequence[float],
+    iou_bound: Sequence[float],
+) -> Pair:
+    """Resize, first crop, second crop, mirrors; without a fitting second crop in 50 trials it is the first one.
+
+    Args:
+        size: (height, width) of the image.
+        crop_size: (height, width) of both crops, multiples of `CELL`.
+        base, scale_range: As `LongerSideCrop`.
+        iou_bound: Smallest and largest intersection over union of the crops.
+    """
+    height, width = draw_size(rng, size, base, scale_range)
+    sides = (max(height, crop_size[0]), max(width, crop_size[1]))
+    left, top = _draw_start(rng, sides[1], crop_size[1]), _draw_start(rng, sides[0], crop_size[0])
+    first = second = (top, left)
+    for _ in range(TRIALS):
+        x, y = _draw_start(rng, sides[1], crop_size[1]), _draw_start(rng, sides[0], crop_size[0])
+        drawn = (_snapped(y, top), _snapped(x, left))
+        if iou_bound[0] <= _iou(first, drawn, crop_size) <= iou_bound[1]:
+            second = drawn
+            break
+    flips = (bool(rng.random() < 0.5), bool(rng.random() < 0.5))
+    # Whole cells of the image itself: what was padded shows nothing.
+    limits = tuple(min(crop, side // CELL * CELL) for crop, side in zip(crop_size, (height, width)))
+    overlaps = (_overlap(first, second, crop_size, limits), _overlap(second, first, crop_size, limits))
+    return Pair(height, width, (first, second), overlaps, flips)
+
+
+def cut_pair(image: Tensor, pair: Pair, crop_size: Sequence[int]) -> Tensor:
+    """Both crops [2,3,h,w] of `image` uint8 [3,H,W], mirrored where the pair says so."""
+    crops = cut(resize(image, pair.height, pair.width), pair.corners, crop_size)
+    return torch.stack([crop.flip(-1) if flipped else crop for crop, flipped in zip(crops, pair.flips)])
+
+
+def overlap_cells(pairs: Sequence[Pair], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the cells that both crops show, in the maps of view 1 and of view 2: int64 [n] each, matched.
+
+    Args:
+        pairs: Of the batch.
+        height, width: Size of the maps, cells.
+    """
+    views = []
+    for view in (0, 1):
+        numbers = [_cells(pair, view, height, width) + index * height * width for index, pair in enumerate(pairs)]
+        views.append(np.concatenate(numbers))
+    return views[0], views[1]
+
+
+def draw_size(rng: Generator, size: Sequence[int], base: int, scale_range: Sequence[float]) -> tuple[int, int]:
+    """(height, width) after the longer side became a random whole length in `scale_range` times `base`."""
+    height, width = size
+    longer = int(rng.integers(int(scale_range[0] * base), int(scale_range[1] * base), endpoint=True))
+    other = max(1, int(longer * min(size) / max(size) + 0.5))
+    return (longer, other) if height > width else (other, longer)
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """`image` uint8 [3,H,W] by bicubic interpolation with antialiasing, as Pillow does."""
+    # Decoders deliver pixels channel by channel, and in that order uint8 is resized several times faster.
+    image = image.unsqueeze(0).contiguous(memory_format=torch.channels_last).squeeze(0)
+    return functional.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
+
+
+def cut(image: Tensor, corners: Sequence[tuple[int, int]], crop_size: Sequence[int]) -> list[Tensor]:
+    """Crops of `image` uint8 [3,H,W] at (top, left), which may be negative; the mean colour around the image."""
+    colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1)
+    crops = []
+    for top, left in corners:
+        inside = image[:, max(top, 0) : max(top + crop_size[0], 0), max(left, 0) : max(left + crop_size[1], 0)]
+        crop = colour.expand(3, *crop_size).clone()
+        below, right = max(-top, 0), max(-left, 0)
+        crop[:, below : below + inside.shape[1], right : right + inside.shape[2]] = inside
+        crops.append(crop)
+    return crops
+
+
+@dataclass(frozen=True)
+class PairCrop:
+    """`cut_pair` of a random pair, for unlabeled images. Attributes as the arguments of `draw_pair`."""
+
+    crop_size: tuple[int, int]
+    base: int
+    scale_range: tuple[float, float]
+    iou_bound: tuple[float, float]
+
+    def __call__(self, image: Tensor, label: None, rng: Generator) -> tuple[Tensor, None, Pair]:
+        pair = draw_pair(rng, image.shape[-2:], self.crop_size, self.base, self.scale_range, self.iou_bound)
+        return cut_pair(image, pair, self.crop_size), None, pair
+
+
+def mirror(image: Tensor, label: Tensor | None, mirrored: bool) -> tuple[Tensor, Tensor | None]:
+    """Left and right exchanged where `mirrored`."""
+    if not mirrored:
+        return image, label
+    return image.flip(-1), None if label is None else label.flip(-1)
+
+
+def _draw_start(rng: Generator, side: int, crop: int) -> int:
+    return int(rng.integers(0, max(side - crop, 0), endpoint=True))
+
+
+def _snapped(position: int, origin: int) -> int:
+    """`position` moved so that it is whole cells from `origin`, and not negative."""
+    snapped = (position - origin) // CELL * CELL + origin
+    return snapped + CELL if snapped < 0 else snapped
+
+
+def _iou(first: tuple[int, int], second: tuple[int, int], crop_size: Sequence[int]) -> float:
+    rows, columns = (crop - abs(a - b) for a, b, crop in zip(first, second, crop_size))
+    common = max(rows, 0) * max(columns, 0)
+    return common / (2 * crop_size[0] * crop_size[1] - common)
+
+
+def _overlap(
+    own: tuple[int, int], other: tuple[int, int], crop_size: Sequence[int], limits: Sequence[int]
+) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of the other crop's area within the own one."""
+    moved = [b - a for a, b in zip(own, other)]
+    start = [max(0, move) for move in moved]
+    end = [min(crop, crop + move, limit) for crop, move, limit in zip(crop_size, moved, limits)]
+    return (*start, *end)
+
+
+def _cells(pair: Pair, view: int, height: int, width: int) -> np.ndarray:
+    top, left, bottom, right = (side // CELL for side in pair.overlaps[view])
+    columns = np.arange(left, right)
+    if pair.flips[view]:
+        columns = width - 1 - columns
+    return (np.arange(top, bottom)[:, None] * width + columns).ravel()

@@ -1,0 +1,110 @@
+"""CPS: Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision (Chen et al., CVPR 2021).
+
+    accelerate launch cac_cps/train_semiseg.py --config cac_cps/configs/demo.json      # built-in data, minutes on a CPU
+    accelerate launch cac_cps/train_semiseg.py \\
+        --config cac_cps/configs/voc_cac_deeplabv3+_resnet50_1over8_datalist0.json
+
+Two networks that differ in their random start learn from each other's hard predictions, on labeled and unlabeled images
+alike. See cac_cps/README.md for every departure from the released code, hardware and results.
+"""
+
+import torch
+from torch.profiler import record_function
+
+from cac_cps.losses import cross_pseudo_loss, pseudo_label
+from cac_cps.panels import save_disagreement_panel
+from cac_cps.setting import (
+    STEPS_PER_EPOCH,
+    Config,
+    check_unlabeled,
+    cps_weight,
+    labeled_images,
+    labeled_input,
+    labeled_loss,
+    make_optimizer,
+    protocol_of,
+    unlabeled_images,
+)
+from cac_cps.two_networks import TwoNetworks
+from common.augment import normalize
+from common.config import parse
+from common.datasets.loaders import Batch, StepBatches, open_data
+from common.errors import told
+from common.evaluation import evaluate
+from common.losses import upsample
+from common.run import Run
+from common.schedules import poly, set_lr
+
+
+@told
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, "cac_cps", argv)
+    with Run(config, "cac_cps/train_semiseg.py") as run:
+        train(config, run)
+
+
+def train(config: Config, run: Run) -> None:
+    optim, weight = config.optim, cps_weight(config, cutmix=False)
+
+    source, split = open_data(config, run.accelerator)
+    check_unlabeled(split.unlabeled, config.data.split)
+    run.set_length(STEPS_PER_EPOCH)
+    labeled_stream = labeled_images(source, split.labeled, config)
+    unlabeled_stream = unlabeled_images(source, split.unlabeled, config, "unlabeled")
+
+    network = TwoNetworks(config.model)
+    wrapped, optimizer = run.prepare(network, make_optimizer(config, network))
+
+    run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
+    labeled_batches, unlabeled_batches = StepBatches(labeled_stream, run), StepBatches(unlabeled_stream, run)
+
+    for step in run.steps():
+        set_lr(optimizer, poly(step, run.total, optim.poly_power))
+        for _ in run.passes(wrapped):
+            with record_function("data"):
+                labeled: Batch = next(labeled_batches)
+                unlabeled: Batch = next(unlabeled_batches)
+            with record_function("augmentation"):
+                labeled_image, unlabeled_image = labeled_input(labeled, config), normalize(unlabeled.image)
+            with record_function("student"):
+                output = wrapped(labeled_image, unlabeled_image)
+            with record_function("teacher"):
+                size, corners = labeled.label.shape[-2:], network.first.align_corners
+                both = [torch.cat([output[f"labeled{number}"], output[f"unlabeled{number}"]]) for number in (1, 2)]
+                first, second = (upsample(logits, size, corners) for logits in both)
+                first_label, second_label = pseudo_label(first), pseudo_label(second)
+            with record_function("losses"):
+                images = len(labeled.label)
+                supervised1 = labeled_loss(first[:images], labeled.label, config)
+                supervised2 = labeled_loss(second[:images], labeled.label, config)
+                cps = cross_pseudo_loss(first, second, first_label, second_label)
+                loss = supervised1 + supervised2 + weight * cps
+            with record_function("backward"):
+                run.backward(loss)
+        with record_function("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+        run.share_statistics(network)
+
+        values = {
+            "loss": loss,
+            "loss_supervised1": supervised1,
+            "loss_supervised2": supervised2,
+            "loss_cps": cps,
+            "disagreement": (first_label != second_label).float().mean(),
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+        run.finish_step(values, images=2 * optim.batch_size)
+        if run.evaluates:
+            classes, workers = config.model.num_classes, config.data.workers
+            protocol = protocol_of(config)
+            run.report(
+                evaluate(network.first, source, split.valid, classes, run.accelerator, protocol, workers=workers)
+            )
+            save_disagreement_panel((network.first, network.second), source, split, config, run)
+        run.save()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""CPS with CutMix: Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision (Chen et al., CVPR 2021).
+
+    accelerate launch cac_cps/train_semiseg_cutmix.py --config cac_cps/configs/demo.json      # minutes on a CPU
+    accelerate launch cac_cps/train_semiseg_cutmix.py \\
+        --config cac_cps/configs/voc_cac_deeplabv3+_resnet50_1over8_datalist0.json
+
+Either network labels two unlabeled images; the other one learns from their mixture, boxes of one in the other. See
+cac_cps/README.md for every departure from the released code, hardware and results.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from cac_cps.losses import cross_pseudo_loss, pseudo_label
+from cac_cps.panels import save_disagreement_panel
+from cac_cps.setting import (
+    STEPS_PER_EPOCH,
+    Config,
+    check_unlabeled,
+    cps_weight,
+    labeled_images,
+    labeled_input,
+    labeled_loss,
+    make_optimizer,
+    protocol_of,
+    to_device,
+    unlabeled_images,
+)
+from cac_cps.two_networks import TwoNetworks
+from common.augment import draw_toggled_masks, mix, normalize
+from common.config import parse
+from common.datasets.loaders import Batch, StepBatches, open_data
+from common.errors import told
+from common.evaluation import evaluate
+from common.losses import upsample
+from common.run import Run
+from common.schedules import poly, set_lr
+from common.seeding import generators
+
+
+@torch.no_grad()
+def mixed_label(network: nn.Module, images: tuple[Tensor, Tensor], mask: Tensor, run: Run) -> Tensor:
+    """A network's pseudo-label of the mixture, from those of both images: selected, as logits would be.
+
+    The network is in training mode, and its batch norm takes in both batches.
+
+    Args:
+        network: Network 1 or 2.
+        images: Normalised [B,3,H,W] of either stream.
+        mask: Bool [B,H,W], True where the mixture is of the second stream.
+    """
+    labels = []
+    for image in images:
+        with run.autocast():
+            logits = network(image)
+        labels.append(pseudo_label(upsample(logits, image.shape[-2:], network.align_corners)))
+    return mix(labels[1], labels[0], mask)
+
+
+def box_masks(positions: Sequence[int], size: tuple[int, int], config: Config, run: Run) -> Tensor:
+    """The mask of each image, bool [B,H,W], from its position in the first stream."""
+    rngs = generators(config.run.seed, "boxes", positions)
+    return to_device(np.concatenate([draw_toggled_masks(rng, 1, *size) for rng in rngs]), run)
+
+
+@told
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, "cac_cps", argv)
+    with Run(config, "cac_cps/train_semiseg_cutmix.py") as run:
+        train(config, run)
+
+
+def train(config: Config, run: Run) -> None:
+    optim, weight = config.optim, cps_weight(config, cutmix=True)
+
+    source, split = open_data(config, run.accelerator)
+    check_unlabeled(split.unlabeled, config.data.split)
+    run.set_length(STEPS_PER_EPOCH)
+    labeled_stream = labeled_images(source, split.labeled, config)
+    # Two streams of the same images, drawn independently.
+    streams = [unlabeled_images(source, split.unlabeled, config, name) for name in ("unlabeled", "unlabeled, second")]
+
+    network = TwoNetworks(config.model)
+    wrapped, optimizer = run.prepare(network, make_optimizer(config, network))
+
+    run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
+    labeled_batches, *unlabeled_batches = (StepBatches(stream, run) for stream in (labeled_stream, *streams))
+
+    for step in run.steps():
+        set_lr(optimizer, poly(step, run.total, optim.poly_power))
+        for _ in run.passes(wrapped):
+            with record_function("data"):
+                labeled: Batch = next(labeled_batches)
+                unlabeled: list[Batch] = [next(batches) for batches in unlabeled_batches]
+            with record_function("augmentation"):
+                labeled_image = labeled_input(labeled, config)
+                images = tuple(normalize(batch.image) for batch in unlabeled)
+                mask = box_masks(unlabeled[0].positions, tuple(config.data.crop_size), config, run)
+                mixed = mix(images[1], images[0], mask)
+            with record_function("teacher"):
+                first_label, second_label = (
+                    mixed_label(one, images, mask, run) for one in (network.first, network.second)
+                )
+            with record_function("student"):
+                output = wrapped(labeled_image, mixed)
+            with record_function("losses"):
+                size, corners = labeled.label.shape[-2:], network.first.align_corners
+                upsampled = {name: upsample(logits, size, corners) for name, logits in output.items()}
+                supervised1 = labeled_loss(upsampled["labeled1"], labeled.label, config)
+                supervised2 = labeled_loss(upsampled["labeled2"], labeled.label, config)
+                cps = cross_pseudo_loss(upsampled["unlabeled1"], upsampled["unlabeled2"], first_label, second_label)
+                loss = supervised1 + supervised2 + weight * cps
+            with record_function("backward"):
+                run.backward(loss)
+        with record_function("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()
+        run.share_statistics(network)
+
+        values = {
+            "loss": loss,
+            "loss_supervised1": supervised1,
+            "loss_supervised2": supervised2,
+            "loss_cps": cps,
+            "disagreement": (first_label != second_label).float().mean(),
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+        run.finish_step(values, images=3 * optim.batch_size)
+        if run.evaluates:
+            classes, workers = config.model.num_classes, config.data.workers
+            protocol = protocol_of(config)
+            run.report(
+                evaluate(network.first, source, split.valid, classes, run.accelerator, protocol, workers=workers)
+            )
+            save_disagreement_panel((network.first, network.second), source, split, config, run)
+        run.save()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
