@@ -9,7 +9,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from torch import Tensor, nn
 
 from cac_cps.crops import LongerSideCrop, ScaleChoiceCrop
-from common.augment import PhotometricRanges, normalize, recolor
+from common.augment import PhotometricRanges, apply_photometric_batch, draw_photometric, normalize
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets.loaders import Batch, TrainingImages, Transform
 from common.datasets.source import Source
@@ -121,7 +121,8 @@ def labeled_input(batch: Batch, config: Config) -> Tensor:
     """What a network sees of a labeled batch: normalised [B,3,H,W], with changed colours where the config says so."""
     if not config.method.jitter:
         return normalize(batch.image)
-    return normalize(recolor(batch.image, generators(config.run.seed, "labeled colours", batch.positions), JITTER))
+    rngs = generators(config.run.seed, "labeled colours", batch.positions)
+    return normalize(apply_photometric_batch(batch.image / 255, [draw_photometric(rng, JITTER) for rng in rngs]))
 
 
 def labeled_loss(logits: Tensor, label: Tensor, config: Config) -> Tensor:

@@ -31,7 +31,7 @@ from cac_cps.setting import (
     protocol_of,
     to_device,
 )
-from common.augment import normalize, recolor
+from common.augment import apply_photometric, draw_photometric, normalize
 from common.config import ModelConfig, parse
 from common.datasets.loaders import Batch, StepBatches, TrainingImages, open_data
 from common.errors import UserError, told
@@ -100,7 +100,7 @@ class Bank(nn.Module):
         self.register_buffer("embedding", torch.zeros(passes, rows, dims))
         self.register_buffer("label", torch.full((passes, rows), EMPTY, dtype=torch.uint8))
         self.filled = 0
-        self.register_load_state_dict_post_hook(lambda bank, _: bank._count())
+        self.register_load_state_dict_post_hook(lambda bank, _: bank.recount())
 
     def push(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Add a pass ([rows,D] and [rows]), forget the oldest, and return all [M,D] and int64 [M]."""
@@ -110,7 +110,8 @@ class Bank(nn.Module):
         kept = slice(len(self.label) - self.filled, None)
         return self.embedding[kept].flatten(0, 1), self.label[kept].flatten().long()
 
-    def _count(self) -> None:
+    def recount(self) -> None:
+        """Find out how many passes it holds: after loading, or after a step was undone."""
         self.filled = int((self.label[:, 0] != EMPTY).sum())
 
 
@@ -129,7 +130,7 @@ def _changed(image: Tensor, rng: Generator) -> Tensor:
     if blurred < 0.5:
         image = functional.gaussian_blur(image, [BLUR_KERNEL, BLUR_KERNEL], [BLUR_SIGMA, BLUR_SIGMA])
     if coloured < 0.8:
-        image = recolor(image[None], [rng], JITTER)[0]
+        image = apply_photometric(image, draw_photometric(rng, JITTER))
     return functional.rgb_to_grayscale(image, num_output_channels=3) if grey < 0.2 else image
 
 
@@ -239,15 +240,13 @@ def train(config: Config, run: Run) -> None:
     wrapped, optimizer = run.prepare(network, make_optimizer(config, network))
 
     run.resume(model=network.segmenter, extra={"projector": network.projector, "bank": bank}, optimizer=optimizer)
-    labeled_batches = StepBatches(labeled_stream, run)
-    unlabeled_batches = None
-
     begin = first_contrastive_step(config, run)
+    labeled_batches = StepBatches(labeled_stream, run)
+    unlabeled_batches = None if method.supervised else StepBatches(unlabeled_stream, run, first_step=begin)
+
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
         contrasts = step >= begin
-        if contrasts and unlabeled_batches is None:
-            unlabeled_batches = StepBatches(unlabeled_stream, run)
         for _ in run.passes(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
@@ -273,9 +272,11 @@ def train(config: Config, run: Run) -> None:
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
-        run.share_statistics(network)
+            losses = {"loss": loss} | {name: value for name, value in values.items() if name.startswith("loss")}
+            if run.step_optimizer(optimizer, losses):
+                run.share_statistics(network)
+            else:
+                bank.recount()
 
         values = {"loss": loss} | values | {"lr": optimizer.param_groups[0]["lr"]}
         run.finish_step(values, images=(3 if contrasts else 1) * optim.batch_size)

@@ -117,15 +117,11 @@ def train(config: Config, run: Run) -> None:
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad()
-        run.share_statistics(network)
+            losses = {"loss": loss, "loss_supervised1": supervised1, "loss_supervised2": supervised2, "loss_cps": cps}
+            if run.step_optimizer(optimizer, losses):
+                run.share_statistics(network)
 
-        values = {
-            "loss": loss,
-            "loss_supervised1": supervised1,
-            "loss_supervised2": supervised2,
-            "loss_cps": cps,
+        values = losses | {
             "disagreement": (first_label != second_label).float().mean(),
             "lr": optimizer.param_groups[0]["lr"],
         }

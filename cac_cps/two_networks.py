@@ -1,6 +1,5 @@
-"""The two networks of CPS, trained in one wrapped module and evaluated alone or together."""
+"""The two networks of CPS in one module, as DDP wants what is trained."""
 
-import torch
 from torch import Tensor, nn
 
 from common.config import ModelConfig
@@ -32,20 +31,3 @@ class TwoNetworks(nn.Module):
             for number, network in ((1, self.first), (2, self.second))
             for name, image in (("labeled", labeled), ("unlabeled", unlabeled))
         }
-
-
-class MeanOfNetworks(nn.Module):
-    """Several networks as one: the mean of their logits.
-
-    Args:
-        networks: Alike, at least one.
-    """
-
-    def __init__(self, networks: list[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.align_corners = networks[0].align_corners
-
-    def forward(self, image: Tensor) -> Tensor:
-        """[B,3,H,W], normalised -> logits [B,C,h,w]."""
-        return torch.stack([network(image) for network in self.networks]).mean(0)

@@ -6,15 +6,17 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from common.config import load_config
 from common.datasets import open_source
@@ -22,30 +24,41 @@ from common.datasets.source import Source
 from common.datasets.splits import read_split
 from common.errors import UserError, told
 from common.evaluation import evaluate, sample_predictions
-from common.inference import Protocol
+from common.inference import MeanOfNetworks, Protocol
 from common.metrics import Scores
 from common.models import build_network
 from common.models.weights import load_state, read_state
 from common.targets import Target, find_run, find_targets
 from common.visual import Sample, compare, save_label
 
+State = dict[str, Tensor]
+
 
 @told
-def main_eval(paper: str, config_class: type, argv: Sequence[str] | None = None) -> None:
+def main_eval(
+    paper: str,
+    config_class: type,
+    argv: Sequence[str] | None = None,
+    protocol_of: Callable[[Any], Protocol] | None = None,
+    second: str | None = None,
+    from_published: Callable[[State, int], State] | None = None,
+) -> None:
     """Evaluate checkpoints of a run of `paper`, print the scores and write them to RUN/eval/<which>.json.
 
     Args:
         paper: Folder of the paper; its runs lie below runs/<paper>.
         config_class: The `Config` of its train.py.
         argv: Arguments; by default those of the process.
+        protocol_of: The paper's protocol for a config; by default whole images.
+        second: Name of a second network in the checkpoints of a paper that trains two; it may be chosen.
+        from_published: Turns weights as the paper's release has them, of network 1 or 2, into ours.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(paper).parse_args(argv)
-    crop = None if args.sliding is None else (args.sliding, args.sliding)
-    protocol = Protocol(crop, tuple(args.scales), args.flip)
+    args = _parser(paper, second is not None).parse_args(argv)
     run = find_run(paper, args.run, args.which)
     _check_paper(paper, run)
     config = load_config(config_class, run / "config.json")
+    protocol = _protocol(args, protocol_of(config) if protocol_of else Protocol())
     accelerator = _accelerator(args.devices, config.run.precision, argv)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     targets, notes = find_targets(run, args.which, by_epoch=config.run.epochs is not None)
@@ -65,20 +78,24 @@ def main_eval(paper: str, config_class: type, argv: Sequence[str] | None = None)
         console.print(f"note: {note}")
 
     # The weights come from the checkpoint: ImageNet's are neither needed nor downloaded.
-    network = build_network(replace(config.model, pretrained=False)).to(accelerator.device)
+    numbers = {"1": (1,), "2": (2,), "both": (1, 2)}[args.network]
+    networks = [build_network(replace(config.model, pretrained=False)).to(accelerator.device) for _ in numbers]
+    network = networks[0] if len(networks) == 1 else MeanOfNetworks(networks)
     results = []
     for target in targets:
-        load_state(network, read_state(target.file), str(target.file), f"the network of {run / 'config.json'}")
+        for one, number in zip(networks, numbers):
+            state = _read_network(target.file, number, second, from_published)
+            load_state(one, state, str(target.file), f"the network of {run / 'config.json'}")
         classes, workers = source.classes, data.workers
         scores = evaluate(network, source, names, len(classes), accelerator, protocol, workers=workers, bar=True)
         results.append(scores)
-        console.print(_class_table(target, scores, classes, protocol))
+        console.print(_class_table(target, scores, classes, protocol, args.network))
         if accelerator.is_main_process:
-            _write_scores(run, target, scores, classes, protocol, args.config)
+            _write_scores(run, target, scores, classes, protocol, args.config, args.network)
         if args.save_pictures:
             mine = names[accelerator.process_index :: accelerator.num_processes]
             samples = sample_predictions(network, source, mine, protocol, accelerator.device)
-            _write_pictures(run / "eval" / "pictures" / _file_name(target, protocol), samples, source)
+            _write_pictures(run / "eval" / "pictures" / _file_name(target, protocol, args.network), samples, source)
     if len(targets) > 1:
         console.print(_summary(targets, results))
     console.print(f"written to {run / 'eval'}")
@@ -118,7 +135,36 @@ def parse_devices(text: str, count: int) -> list[int]:
     return sorted(set().union(*spans))
 
 
-def _parser(paper: str) -> argparse.ArgumentParser:
+def _protocol(args: argparse.Namespace, usual: Protocol) -> Protocol:
+    """The paper's protocol with what the command line changes."""
+    if args.sliding is not None:
+        usual = Protocol(crop=(args.sliding, args.sliding))
+    elif args.whole:
+        usual = replace(usual, crop=None)
+    return replace(usual, scales=tuple(args.scales), flip=args.flip)
+
+
+def _read_network(
+    file: Path, number: int, second: str | None, from_published: Callable[[State, int], State] | None
+) -> State:
+    """Weights of network 1 or 2 of a checkpoint, with our keys.
+
+    Raises:
+        UserError: the checkpoint has no second network.
+    """
+    if number == 2 and file.name == "model.safetensors":
+        extra = file.with_name("extra.safetensors")
+        state = read_state(extra) if extra.is_file() else {}
+        own = {key.removeprefix(f"{second}/"): value for key, value in state.items() if key.startswith(f"{second}/")}
+        if not own:
+            raise UserError(f"{file.parent} holds no second network; evaluate it with --network 1")
+        return own
+    state = read_state(file)
+    is_ours = any(key.startswith("low.") for key in state)
+    return state if is_ours or from_published is None else from_published(state, number)
+
+
+def _parser(paper: str, two_networks: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{paper}/eval.py", description="Evaluate checkpoints on the validation images.", allow_abbrev=False
     )
@@ -133,7 +179,13 @@ def _parser(paper: str) -> argparse.ArgumentParser:
     parser.add_argument("-s", "--save-pictures", action="store_true", help="write a picture of every prediction")
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="scales whose predictions are averaged")
     parser.add_argument("--flip", action="store_true", help="average with the prediction of the mirrored image")
-    parser.add_argument("--sliding", type=int, metavar="CROP", help="slide a window of this side; default: whole image")
+    area = parser.add_mutually_exclusive_group()
+    area.add_argument("--sliding", type=int, metavar="CROP", help="slide a window of this side")
+    area.add_argument("--whole", action="store_true", help="whole images, where the paper slides a window")
+    if two_networks:
+        parser.add_argument("--network", choices=("1", "2", "both"), default="1", help="both: the mean of their logits")
+    else:
+        parser.set_defaults(network="1")
     parser.add_argument("--config", metavar="FILE", help="evaluate on the data section of this config")
     return parser
 
@@ -186,8 +238,8 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.2f}"
 
 
-def _class_table(target: Target, scores: Scores, classes: Sequence[str], protocol: Protocol) -> Table:
-    caption = f"pixel accuracy {_percent(scores.pixel_accuracy)}; {protocol.describe()}"
+def _class_table(target: Target, scores: Scores, classes: Sequence[str], protocol: Protocol, network: str) -> Table:
+    caption = f"pixel accuracy {_percent(scores.pixel_accuracy)}; {protocol.describe()}{_network_told(network)}"
     table = Table(title=_told(target), caption=caption, title_justify="left", caption_justify="left", show_footer=True)
     table.add_column("class", f"mean over {scores.classes_counted} of {len(classes)} classes")
     table.add_column("IoU %", _percent(scores.miou), justify="right")
@@ -205,15 +257,26 @@ def _summary(targets: Sequence[Target], results: Sequence[Scores]) -> Table:
     return table
 
 
-def _file_name(target: Target, protocol: Protocol) -> str:
-    """`best`, or with what departs from the usual protocol: `best_sliding96_scales0.75-1_flip`."""
+def _network_told(network: str) -> str:
+    return {"1": "", "2": "; network 2", "both": "; mean of both networks"}[network]
+
+
+def _file_name(target: Target, protocol: Protocol, network: str) -> str:
+    """`best`, or with what departs from the usual protocol: `best_sliding96_scales0.75-1_flip_network2`."""
     sliding = [f"sliding{protocol.crop[0]}"] if protocol.crop else []
     scales = [] if protocol.scales == (1.0,) else ["scales" + "-".join(f"{scale:g}" for scale in protocol.scales)]
-    return "_".join([target.which, *sliding, *scales, *(["flip"] if protocol.flip else [])])
+    chosen = [] if network == "1" else [f"network{network}"]
+    return "_".join([target.which, *sliding, *scales, *(["flip"] if protocol.flip else []), *chosen])
 
 
 def _write_scores(
-    run: Path, target: Target, scores: Scores, classes: Sequence[str], protocol: Protocol, config: str | None
+    run: Path,
+    target: Target,
+    scores: Scores,
+    classes: Sequence[str],
+    protocol: Protocol,
+    config: str | None,
+    network: str,
 ) -> None:
     per_class = {name: None if math.isnan(iou) else iou for name, iou in zip(classes, scores.per_class_iou)}
     content = {
@@ -221,13 +284,13 @@ def _write_scores(
         "step": target.step,
         "epoch": target.epoch,
         "data_config": config or str(run / "config.json"),
-        "protocol": asdict(protocol) | {"text": protocol.describe()},
+        "protocol": asdict(protocol) | {"text": protocol.describe() + _network_told(network)},
         "miou": None if math.isnan(scores.miou) else scores.miou,
         "classes_counted": scores.classes_counted,
         "pixel_accuracy": None if math.isnan(scores.pixel_accuracy) else scores.pixel_accuracy,
         "per_class_iou": per_class,
     }
-    path = run / "eval" / f"{_file_name(target, protocol)}.json"
+    path = run / "eval" / f"{_file_name(target, protocol, network)}.json"
     try:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")

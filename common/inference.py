@@ -53,6 +53,23 @@ class Protocol:
         return f"{area}, {scales}, {'flip' if self.flip else 'no flip'}"
 
 
+class MeanOfNetworks(nn.Module):
+    """Several networks as one: the mean of their logits.
+
+    Args:
+        networks: Alike, at least one.
+    """
+
+    def __init__(self, networks: list[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.align_corners = networks[0].align_corners
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B,3,H,W], normalised -> logits [B,C,h,w]."""
+        return torch.stack([network(image) for network in self.networks]).mean(0)
+
+
 def predict(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: Protocol = Protocol()) -> Tensor:
     """Class probabilities of a batch of images.
 

@@ -27,8 +27,13 @@ class Small:
 
 
 # Every training script: what is listed here is trained, killed, continued, fed nonsense and run by two processes.
+CAC = {"base_size": 48, "cac.selected_num": 32, "cac.epoch_start_unsup": 20}
 CONTRAST = {"num_queries": 8, "num_negatives": 8, "embedding_dim": 8}
 SCRIPTS = {
+    # Two of eight steps from labels alone, and a bank that does not take all cells of two processes.
+    "cac_cps/train.py": Small(CAC),
+    "cac_cps/train_semiseg.py": Small(CAC),
+    "cac_cps/train_semiseg_cutmix.py": Small(CAC),
     "css/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     "prcl/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     "supervised/train.py": Small(),

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from common.datasets.cityscapes import Cityscapes
 from common.datasets.shapes import make_shapes
+from common.datasets.voc import VOC
 from tests.conftest import SCRIPTS, method_flags
 
 ROOT = Path(__file__).parent.parent
@@ -41,13 +43,14 @@ COMMANDS = commands()
 def project(tmp_path_factory) -> Path:
     """The project with small data where the commands look for it, and a short run to evaluate."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("css", "prcl", "supervised", "splits", "benchmarks", "common"):
+    for name in ("cac_cps", "css", "prcl", "supervised", "splits", "benchmarks", "common"):
         (folder / name).symlink_to(ROOT / name)
     make_shapes(folder / "data" / "shapes", "voc", train=40, val=4, size=(48, 64))
     make_shapes(folder / "data" / "VOCdevkit" / "VOC2012", "voc", train=700, val=4, size=(32, 32))
     make_shapes(folder / "data" / "cityscapes", "cityscapes", train=400, val=4, size=(32, 32))
     (folder / "splits").unlink()
     shutil.copytree(ROOT / "splits", folder / "splits")
+    write_cac_lists(folder)
     return folder
 
 
@@ -90,9 +93,26 @@ def make_split_for(arguments: list[str], folder: Path, monkeypatch) -> None:
     """Make the split that a paper's config on real data names, with the command that its absence would name."""
     data = json.loads((ROOT / arguments[arguments.index("--config") + 1]).read_text())["data"]
     split = Path(arguments[arguments.index("--data.split") + 1] if "--data.split" in arguments else data["split"])
-    if data["dataset"] != "shapes" and not (folder / split).exists():
+    if data["dataset"] != "shapes" and split.parts[-2].isdigit() and not (folder / split).exists():
         flags = f"--data-root {data['root']} --labels {split.parts[-2]} --seed {split.name} --out {split.parents[1]}"
         run_here(shlex.split(f"splits/make.py --dataset {data['dataset']} {flags}"), folder, monkeypatch)
+
+
+def write_cac_lists(folder: Path) -> None:
+    """Lists as CAC published them, for the small data."""
+    for dataset, labels, root, subsets in (
+        ("voc", 1323, "VOCdevkit/VOC2012", VOC),
+        ("city", 372, "cityscapes", Cityscapes),
+    ):
+        source = subsets(folder / "data" / root)
+        train = source.names("train")
+        for number in (0, 1, 2):
+            lists = folder / "splits" / f"{dataset}_splits{number}"
+            lists.mkdir(parents=True)
+            parts = {f"{labels}_train_supervised": train[:6], f"{labels}_train_unsupervised": train[6:]}
+            for name, names in (parts | {"val": source.names("val")}).items():
+                lines = [f"/images/{name}.jpg /labels/{name}.png" for name in names]
+                (lists / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
 
 def make_run_for(command: str, folder: Path, monkeypatch) -> None:
@@ -100,7 +120,8 @@ def make_run_for(command: str, folder: Path, monkeypatch) -> None:
     run = folder / "runs" / paper / "demo"
     if "eval.py" in command and not run.exists():
         length = ["--run.steps", "4", "--run.snapshot_every", "2"]
-        arguments = shortened([f"{paper}/train.py", "--config", f"{paper}/configs/demo.json"]) + length
+        script = "train_semiseg.py" if paper == "cac_cps" else "train.py"
+        arguments = shortened([f"{paper}/{script}", "--config", f"{paper}/configs/demo.json"]) + length
         run_here(arguments, folder, monkeypatch)
 
 

@@ -160,15 +160,17 @@ class StepBatches:
     Args:
         images: The stream's images.
         run: Gives device, processes, accumulation, workers and the step to begin with.
+        first_step: The first step that takes a batch, where the stream is not needed before.
 
     Raises:
         UserError: on reaching an image that cannot be read.
     """
 
-    def __init__(self, images: TrainingImages, run) -> None:
+    def __init__(self, images: TrainingImages, run, first_step: int = 0) -> None:
         accumulation = run.config.optim.accumulation
+        first_pass = max(run.step, first_step) * accumulation
         sampler = StepSampler(
-            len(images), run.batch_size, run.processes, run.rank, run.step * accumulation, images.seed, images.stream
+            len(images), run.batch_size, run.processes, run.rank, first_pass, images.seed, images.stream
         )
         workers = run.config.data.workers
         self._run = run

@@ -1,14 +1,16 @@
 """Which images are labeled, which are not, and which are for validation.
 
 A split is a folder `<root>/<labels>/<seed>` of three lists, one id a line: labeled_filename.txt, unlabeled_filename.txt
-and valid_filename.txt. `splits/make.py` makes them.
+and valid_filename.txt. `splits/make.py` makes them. Where there is no such folder `<root>/<labels>`, the lists that CAC
+published are read: <root>/<labels>_train_supervised.txt, <labels>_train_unsupervised.txt and val.txt, with the paths of
+an image and its label a line.
 """
 
 import hashlib
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +35,7 @@ def read_split(folder: str | Path, allow_overlap: bool = False, dataset: str = "
     """Read a split.
 
     Args:
-        folder: holds {labeled,unlabeled,valid}_filename.txt.
+        folder: holds {labeled,unlabeled,valid}_filename.txt; or <root>/<labels> of CAC's lists.
         allow_overlap: accept images that are labeled and unlabeled; labels of the unlabeled list are never opened.
         dataset: kind of the dataset, and
         root: its folder, for the command that is told when the split is missing.
@@ -42,14 +44,21 @@ def read_split(folder: str | Path, allow_overlap: bool = False, dataset: str = "
     is twice in a list, and labeled images in the unlabeled list.
     """
     folder = Path(folder).expanduser()
+    if not folder.is_dir() and _paths_list(folder, "labeled").is_file():
+        split = Split(*(_read_paths(_paths_list(folder, kind)) for kind in ("labeled", "unlabeled", "valid")))
+        return _checked(split, folder, lambda kind: _paths_list(folder, kind), allow_overlap)
     if not folder.is_dir():
         raise UserError(
             f"no split {folder}: point data.split at published lists, or make it:\n  {_command(folder, dataset, root)}"
         )
     split = Split(*(_read_list(_list_path(folder, kind)) for kind in ("labeled", "unlabeled", "valid")))
+    return _checked(split, folder, lambda kind: _list_path(folder, kind), allow_overlap)
+
+
+def _checked(split: Split, folder: Path, path_of: Callable[[str], Path], allow_overlap: bool) -> Split:
     for kind in ("labeled", "valid"):
         if not getattr(split, kind):
-            raise UserError(f"{_list_path(folder, kind)} is empty")
+            raise UserError(f"{path_of(kind)} is empty")
     both = sorted(set(split.labeled) & set(split.unlabeled))
     if both and not allow_overlap:
         raise UserError(
@@ -167,6 +176,25 @@ def _list_path(folder: Path, kind: str) -> Path:
     return folder / f"{kind}_filename.txt"
 
 
+def _paths_list(folder: Path, kind: str) -> Path:
+    """The list that CAC published for the split that is called `folder`."""
+    names = {"labeled": "_train_supervised", "unlabeled": "_train_unsupervised"}
+    return folder.parent / ("val.txt" if kind == "valid" else f"{folder.name}{names[kind]}.txt")
+
+
+def _read_paths(path: Path) -> list[str]:
+    """Ids of a list of CAC: the names of the images, without folder and ending."""
+    if not path.is_file():
+        raise UserError(
+            f"no list {path}: CAC's splits have *_train_supervised.txt, *_train_unsupervised.txt and val.txt"
+        )
+    lines = [line.split() for line in read_lines(path)]
+    for line in lines:
+        if len(line) != 2:
+            raise UserError(f"{path} holds the line {' '.join(line)!r}: lines have the paths of an image and its label")
+    return _once([Path(image).stem for image, _ in lines], path)
+
+
 def _read_list(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"no list {path}: a split has labeled_, unlabeled_ and valid_filename.txt")
@@ -174,6 +202,10 @@ def _read_list(path: Path) -> list[str]:
     for name in names:
         if set(name) & set("/\\\t"):
             raise UserError(f"{path} holds the line {name!r}: lists have one id a line")
+    return _once(names, path)
+
+
+def _once(names: list[str], path: Path) -> list[str]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"{path}: {len(twice)} ids occur more than once, {twice[0]} for one: remove the repetitions")
