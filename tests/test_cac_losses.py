@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from cac_cps import losses
 from cac_cps.losses import context_loss, cross_pseudo_loss, directional_loss, directions, pseudo_label
 from cac_cps.train import Bank
+from common.guard import Buffers
 
 CLASSES, DIMS, TEMP = 5, 8, 0.1
 
@@ -99,6 +100,19 @@ def test_the_bank_forgets_the_oldest_pass_and_is_restored_as_full_as_it_was():
         restored.load_state_dict(bank.state_dict())
         assert restored.filled == bank.filled
     assert label.tolist() == [1, 1, 1, 2, 2, 2]
+
+
+def test_the_bank_of_an_undone_step_is_as_full_as_before():
+    bank = Bank(passes=2, rows=3, dims=DIMS)
+    bank.push(unit(3), torch.zeros(3))
+    buffers = Buffers([bank])
+    buffers.keep()
+    bank.push(unit(3), torch.ones(3))
+    buffers.put_back()
+    bank.recount()
+    assert bank.filled == 1
+    _, label = bank.push(unit(3), torch.full((3,), 2))
+    assert label.tolist() == [0, 0, 0, 2, 2, 2]
 
 
 def test_either_network_learns_from_the_other_one_only():
