@@ -35,7 +35,7 @@ from common.augment import apply_photometric, draw_photometric, normalize
 from common.config import ModelConfig, parse
 from common.datasets.loaders import Batch, StepBatches, TrainingImages, open_data
 from common.errors import UserError, told
-from common.evaluation import evaluate
+from common.evaluation import evaluate_run
 from common.losses import cross_entropy, upsample
 from common.models import build_network
 from common.run import Run
@@ -240,6 +240,14 @@ def train(config: Config, run: Run) -> None:
     wrapped, optimizer = run.prepare(network, make_optimizer(config, network))
 
     run.resume(model=network.segmenter, extra={"projector": network.projector, "bank": bank}, optimizer=optimizer)
+
+    def score() -> None:
+        run.report(evaluate_run(network.segmenter, source, split, run, protocol_of(config)))
+        save_pair_panel(network, source, split, config, run)
+
+    if run.evaluates:  # what a stop had cut short
+        score()
+        run.save()
     begin = first_contrastive_step(config, run)
     labeled_batches = StepBatches(labeled_stream, run)
     unlabeled_batches = None if method.supervised else StepBatches(unlabeled_stream, run, first_step=begin)
@@ -281,12 +289,7 @@ def train(config: Config, run: Run) -> None:
         values = {"loss": loss} | values | {"lr": optimizer.param_groups[0]["lr"]}
         run.finish_step(values, images=(3 if contrasts else 1) * optim.batch_size)
         if run.evaluates:
-            classes, workers = config.model.num_classes, config.data.workers
-            scores = evaluate(
-                network.segmenter, source, split.valid, classes, run.accelerator, protocol_of(config), workers=workers
-            )
-            run.report(scores)
-            save_pair_panel(network, source, split, config, run)
+            score()
         run.save()
     run.finish()
 

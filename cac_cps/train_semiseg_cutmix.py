@@ -35,7 +35,7 @@ from common.augment import draw_toggled_masks, mix, normalize
 from common.config import parse
 from common.datasets.loaders import Batch, StepBatches, open_data
 from common.errors import told
-from common.evaluation import evaluate
+from common.evaluation import evaluate_run
 from common.losses import upsample
 from common.run import Run
 from common.schedules import poly, set_lr
@@ -88,6 +88,14 @@ def train(config: Config, run: Run) -> None:
     wrapped, optimizer = run.prepare(network, make_optimizer(config, network))
 
     run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
+
+    def score() -> None:
+        run.report(evaluate_run(network.first, source, split, run, protocol_of(config)))
+        save_disagreement_panel((network.first, network.second), source, split, config, run)
+
+    if run.evaluates:  # what a stop had cut short
+        score()
+        run.save()
     labeled_batches, *unlabeled_batches = (StepBatches(stream, run) for stream in (labeled_stream, *streams))
 
     for step in run.steps():
@@ -127,12 +135,7 @@ def train(config: Config, run: Run) -> None:
         }
         run.finish_step(values, images=3 * optim.batch_size)
         if run.evaluates:
-            classes, workers = config.model.num_classes, config.data.workers
-            protocol = protocol_of(config)
-            run.report(
-                evaluate(network.first, source, split.valid, classes, run.accelerator, protocol, workers=workers)
-            )
-            save_disagreement_panel((network.first, network.second), source, split, config, run)
+            score()
         run.save()
     run.finish()
 

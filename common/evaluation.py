@@ -43,7 +43,8 @@ def evaluate(
     batch_size: int | None = None,
     workers: int = 4,
     bar: bool = False,
-) -> Scores:
+    stop: Callable[[], bool] | None = None,
+) -> Scores | None:
     """Scores of a network; every process must call it, and every process gets the scores of all images.
 
     Args:
@@ -57,6 +58,10 @@ def evaluate(
             changes speed and memory, not scores.
         workers: Processes that decode images; no more than there are processors.
         bar: Show progress as a bar (where nothing else draws one); otherwise as plain lines if it takes long.
+        stop: Asked after every batch whether to give up.
+
+    Returns:
+        The scores; None where `stop` said so on any process.
 
     Raises:
         UserError: no images; an image or label that is missing, damaged, or of another size than its counterpart.
@@ -70,8 +75,11 @@ def evaluate(
     confusion = ConfusionMatrix(num_classes, accelerator.device)
     told = _progress(_loader(source, mine, workers, accelerator.device), mine, bar, accelerator.is_main_process)
     bad: UserError | None = None
+    stopped = False
     try:
         for images, labels in told:
+            if stopped := stop is not None and stop():
+                break
             images, labels = (tensor.to(accelerator.device, non_blocking=True) for tensor in (images, labels))
             with accelerator.autocast():
                 logits, _ = sum_logits(network, images, tuple(labels.shape[-2:]), protocol)
@@ -79,11 +87,24 @@ def evaluate(
     except UserError as error:
         bad = error
     # Where one process cannot read a file, all must end: the others would wait for it below.
-    failed = accelerator.reduce(torch.tensor(int(bad is not None), device=accelerator.device), "sum")
+    ends = torch.tensor([bad is not None, stopped], dtype=torch.int64, device=accelerator.device)
+    failed, cut_short = accelerator.reduce(ends, "sum").tolist()
     if failed:
         raise bad or UserError("another process could not read an image or label of the validation list")
+    if cut_short:
+        return None
     confusion.matrix = accelerator.reduce(confusion.matrix, "sum")
     return confusion.scores()
+
+
+def evaluate_run(
+    network: nn.Module, source: Source, split: Split, run: "Run", protocol: Protocol = Protocol()
+) -> Scores | None:
+    """`evaluate` on the validation list, during training; None where a signal asked the run to stop meanwhile."""
+    classes, workers = run.config.model.num_classes, run.config.data.workers
+    return evaluate(
+        network, source, split.valid, classes, run.accelerator, protocol, workers=workers, stop=run.is_asked_to_stop
+    )
 
 
 def sample_predictions(
@@ -139,7 +160,7 @@ def save_panel(
         maps: What else to show of an image; see `sample_predictions`.
         protocol: Window, scales and flip.
     """
-    if not run.is_main:
+    if not run.is_main or run.is_asked_to_stop():
         return
     network = run.accelerator.unwrap_model(network, keep_torch_compile=False)
     samples = [

@@ -26,10 +26,17 @@ class Logbook:
         self._said: set[str] = set()
         self._clock = (time.perf_counter(), 0)
 
-    def cut(self, step: int) -> None:
-        """Drop what a killed run wrote after its checkpoint of `step`, and a torn last line."""
+    def cut(self, step: int, scored: bool) -> None:
+        """Drop what a killed run wrote after its checkpoint of `step`, and a torn last line.
+
+        Args:
+            step: The last step that counts.
+            scored: Whether its evaluation counts, too.
+        """
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
+        if not scored:
+            kept = [line for line in kept if _step(line) < step or '"valid/' not in line]
         replace_file(self._path, "".join(line + "\n" for line in kept))
 
     def start(self, step: int, total: int) -> None:

@@ -97,6 +97,7 @@ class Run(AbstractContextManager):
         self._scores: Scores | None = None
         self._parts: Parts | None = None
         self._signal = self._stopping = 0
+        self._unscored = False  # whether the evaluation after this step is due and has not been done
         self._skipped, self._new_skips = Skipped(), (0, 0)
         self._images: list[str] = []  # of this process in the step at hand
         self._saved_step = 0
@@ -175,7 +176,7 @@ class Run(AbstractContextManager):
         self.accelerator.wait_for_everyone()
         if self.is_main:
             open_folder(self.folder, self.script, self.config)
-            self.log.cut(self.step)
+            self.log.cut(self.step, scored=not self._unscored)
             self._tidy()
         self.accelerator.wait_for_everyone()
         if self.config.run.trackers:
@@ -192,15 +193,14 @@ class Run(AbstractContextManager):
         Raises:
             Stopped: a signal asked for it, and `save` has written the checkpoint.
         """
+        self._end_if_stopping()
         self.log.start(self.step, self.total)
         while self.step < self.total:
             self._images, self._new_skips = [], (0, 0)
             self._buffers.keep()
             set_seed(derive_seed(self.config.run.seed, "step", self.step, self.rank))
             yield self.step
-            if self._stopping:
-                self.log.say(f"stopped after step {self.step} of {self.total}; the same command continues the run")
-                raise Stopped(128 + self._stopping)
+            self._end_if_stopping()
         self.log.stop()
 
     def passes(self, wrapped: nn.Module) -> Iterator[int]:
@@ -294,6 +294,7 @@ class Run(AbstractContextManager):
             What was logged; nothing after most steps.
         """
         self.step += 1
+        self._scores, self._unscored = None, self.step % self._eval_every == 0 or self.step == self.total
         signals, steps, files = zip(*self._agreement.gather(self._signal, *self._new_skips))
         self._stopping = max(signals)  # of any process: all must stop after the same step
         self.log.advance(self.step)
@@ -317,12 +318,23 @@ class Run(AbstractContextManager):
 
     @property
     def evaluates(self) -> bool:
-        """Whether the network is to be evaluated after the step just finished."""
-        return self.step % self._eval_every == 0 or self.step == self.total
+        """Whether the network is to be evaluated now; before the first step: because a stop came in between."""
+        return self._unscored
 
-    def report(self, scores: Scores) -> None:
-        """Write and print the scores of the evaluated network after this step, and remember the best."""
-        self._scores = scores
+    def is_asked_to_stop(self) -> bool:
+        """Whether this process has got a signal: work between steps gives up, and the run ends at its next save."""
+        return bool(self._signal)
+
+    def report(self, scores: Scores | None) -> None:
+        """Write and print the scores of the evaluated network after this step, and remember the best.
+
+        Args:
+            scores: None where the evaluation was cut short by a signal: a continued run makes up for it.
+        """
+        self._stopping = max(signal for (signal,) in self._agreement.gather(self._signal))
+        if scores is None:
+            return
+        self._scores, self._unscored = scores, False
         best = self._best is None or math.isnan(self._best["miou"]) or scores.miou >= self._best["miou"]
         if best:
             self._best = {"step": self.step, "miou": scores.miou}
@@ -361,6 +373,11 @@ class Run(AbstractContextManager):
 
     # Inside
 
+    def _end_if_stopping(self) -> None:
+        if self._stopping:
+            self.log.say(f"stopped after step {self.step} of {self.total}; the same command continues the run")
+            raise Stopped(128 + self._stopping)
+
     @property
     def _has_shared_batch_norm(self) -> bool:
         return self.processes > 1 and self.device.type == "cuda"
@@ -384,6 +401,7 @@ class Run(AbstractContextManager):
         if self.accelerator.scaler is not None and checkpoint.state["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self._best = checkpoint.meta["step"], checkpoint.state["best"]
+        self._unscored = checkpoint.state.get("unscored", False)
         self._saved_step = self.step
         self._skipped = Skipped(**checkpoint.state.get("skipped", {}))
 
@@ -455,6 +473,7 @@ class Run(AbstractContextManager):
             "optimizer": parts.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "best": self._best,
+            "unscored": self._unscored,
             "skipped": asdict(self._skipped),
         }
         checkpoints.write(root, self._meta(), parts.model.state_dict(), extra, state)
@@ -470,7 +489,7 @@ class Run(AbstractContextManager):
         return {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch if self.config.run.epochs else None,
-            "scores": {"miou": self._scores.miou} if self._scores and self.evaluates else None,
+            "scores": {"miou": self._scores.miou} if self._scores else None,
             "script": self.script,
             "config_hash": f"{zlib.crc32(text.encode()):08x}",
             "versions": {"torch": torch.__version__, "accelerate": accelerate.__version__, "timm": timm.__version__},

@@ -31,7 +31,7 @@ from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
 from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, open_data
 from common.ema import make_teacher, update_teacher
 from common.errors import told
-from common.evaluation import evaluate, save_panel
+from common.evaluation import evaluate_run, save_panel
 from common.inference import evaluation_mode
 from common.losses import cross_entropy, ohem_cross_entropy, upsample
 from common.models import build_network, conv_head
@@ -311,6 +311,15 @@ def train(config: Config, run: Run) -> None:
 
     extra = {"student": network, "teacher_representation": teacher.representation, "prototypes": memory}
     run.resume(model=teacher.segmenter, extra=extra, optimizer=optimizer)
+
+    def score() -> None:
+        run.report(evaluate_run(teacher.segmenter, source, split, run))
+        maps = partial(space_maps, teacher=teacher, memory=memory)
+        save_panel(teacher.segmenter, source, split, run, maps=maps)
+
+    if run.evaluates:  # what a stop had cut short
+        score()
+        run.save()
     labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
 
     for step in run.steps():
@@ -365,10 +374,7 @@ def train(config: Config, run: Run) -> None:
             images=2 * optim.batch_size,
         )
         if run.evaluates:
-            classes, workers = config.model.num_classes, config.data.workers
-            run.report(evaluate(teacher.segmenter, source, split.valid, classes, run.accelerator, workers=workers))
-            maps = partial(space_maps, teacher=teacher, memory=memory)
-            save_panel(teacher.segmenter, source, split, run, maps=maps)
+            score()
         run.save()
     run.finish()
 

@@ -30,7 +30,7 @@ from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
 from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, open_data
 from common.ema import make_teacher, update_teacher
 from common.errors import told
-from common.evaluation import evaluate, save_panel
+from common.evaluation import evaluate_run, save_panel
 from common.losses import cross_entropy, upsample
 from common.models import build_network, conv_head
 from common.optim import build_optimizer
@@ -252,6 +252,14 @@ def train(config: Config, run: Run) -> None:
     wrapped, optimizer = run.prepare(network, build_optimizer(optim, heads))
 
     run.resume(model=teacher, extra={"student": network}, optimizer=optimizer)
+
+    def score() -> None:
+        run.report(evaluate_run(teacher, source, split, run))
+        save_panel(teacher, source, split, run, threshold=method.un_threshold)
+
+    if run.evaluates:  # what a stop had cut short
+        score()
+        run.save()
     labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
 
     for step in run.steps():
@@ -307,9 +315,7 @@ def train(config: Config, run: Run) -> None:
                 f"lower method.uncer_lr (now {method.uncer_lr:g})"
             )
         if run.evaluates:
-            classes, workers = config.model.num_classes, config.data.workers
-            run.report(evaluate(teacher, source, split.valid, classes, run.accelerator, workers=workers))
-            save_panel(teacher, source, split, run, threshold=method.un_threshold)
+            score()
         run.save()
     run.finish()
 

@@ -14,7 +14,7 @@ from common.augment import normalize, recolor_and_flip
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
 from common.datasets.loaders import CropTransform, StepBatches, TrainingImages, open_data
 from common.errors import told
-from common.evaluation import evaluate, save_panel
+from common.evaluation import evaluate_run, save_panel
 from common.losses import cross_entropy, upsample
 from common.models import build_network
 from common.optim import build_optimizer
@@ -63,6 +63,14 @@ def train(config: Config, run: Run) -> None:
     wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": list(network.parameters())}]))
 
     run.resume(model=network, extra={}, optimizer=optimizer)
+
+    def score() -> None:
+        run.report(evaluate_run(network, source, split, run))
+        save_panel(network, source, split, run)
+
+    if run.evaluates:  # what a stop had cut short
+        score()
+        run.save()
     batches = StepBatches(images, run)
 
     for step in run.steps():
@@ -85,9 +93,7 @@ def train(config: Config, run: Run) -> None:
 
         run.finish_step({"loss": loss, "lr": optimizer.param_groups[0]["lr"]}, images=optim.batch_size)
         if run.evaluates:
-            classes, workers = config.model.num_classes, config.data.workers
-            run.report(evaluate(network, source, split.valid, classes, run.accelerator, workers=workers))
-            save_panel(network, source, split, run)
+            score()
         run.save()
     run.finish()
 

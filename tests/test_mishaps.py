@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from common.guard import not_finite
 from tests.children import start, start_two
 from tests.conftest import SCRIPTS
 from tests.killing import assert_same_run, metrics, same
-from tests.watching import spoil_files, spoil_gradient
+from tests.watching import spoil_files, spoil_gradient, stop_in_evaluation
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 LENGTH = ["--run.steps", "3", "--run.save_every", "1", "--run.keep", "9", "--run.eval_every", "3"]
@@ -52,6 +53,30 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_both(script, tin
     assert "step 2: gradient not finite" in first.finish()
     second.finish()
     assert same(held(tmp_path / "run", 1), held(tmp_path / "run", 2))
+
+
+STOPPABLE = ["--run.steps", "3", "--run.eval_every", "2", "--run.save_every", "3"]
+
+
+@every_script
+def test_a_stop_in_an_evaluation_waits_for_neither_its_end_nor_loses_it(script, tiny, tmp_path):
+    stopped, whole = (tiny(script, *STOPPABLE, "--run.dir", str(tmp_path / name)) for name in ("stopped", "whole"))
+    child = start(script, stopped, tmp_path / "log", stop_in_evaluation)
+    assert child.status() == 128 + signal.SIGTERM
+    assert "stopped after step 2 of 3" in child.log.read_text()
+    assert not [line for line in metrics(tmp_path / "stopped") if "valid/miou" in line]
+    for arguments in (stopped, whole):
+        start(script, arguments, tmp_path / "log").finish()
+    assert [line["step"] for line in metrics(tmp_path / "stopped") if "valid/miou" in line] == [2, 3]
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_stop_of_one_process_in_an_evaluation_stops_both(tiny, tmp_path):
+    script = "supervised/train.py"
+    children = start_two(script, tiny(script, *STOPPABLE, *FOUR), tmp_path / "log", (None, stop_in_evaluation))
+    assert [child.status() for child in children] == 2 * [128 + signal.SIGTERM]
+    output = start(script, tiny(script, *STOPPABLE, *FOUR), tmp_path / "log").finish()
+    assert "continuing" in output and "after step 2 of 3" in output
 
 
 def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, capsys):
