@@ -28,7 +28,7 @@ from common.augment import (
     recolor_and_flip,
 )
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
-from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, open_data
+from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, labeled_view, open_data
 from common.ema import make_teacher, update_teacher
 from common.errors import told
 from common.evaluation import evaluate_run, save_panel
@@ -331,8 +331,7 @@ def train(config: Config, run: Run) -> None:
                 labeled: Batch = next(labeled_batches)
                 unlabeled: Batch = next(unlabeled_batches)
             with record_function("augmentation"):
-                rngs = generators(config.run.seed, "labeled, on the device", labeled.positions)
-                labeled_image, label, _ = recolor_and_flip(labeled.image, labeled.label, None, rngs)
+                labeled_image, label = labeled_view(labeled, config.run.seed)
             with record_function("teacher"):
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = teacher_labels(

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch.profiler import record_function
 
-from common.augment import normalize, recolor_and_flip
+from common.augment import normalize
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
-from common.datasets.loaders import CropTransform, StepBatches, TrainingImages, open_data
+from common.datasets.loaders import CropTransform, StepBatches, TrainingImages, labeled_view, open_data
 from common.errors import told
 from common.evaluation import evaluate_run, save_panel
 from common.losses import cross_entropy, upsample
@@ -20,7 +20,6 @@ from common.models import build_network
 from common.optim import build_optimizer
 from common.run import Run
 from common.schedules import poly, set_lr
-from common.seeding import generators
 
 
 @dataclass
@@ -79,8 +78,7 @@ def train(config: Config, run: Run) -> None:
             with record_function("data"):
                 batch = next(batches)
             with record_function("augmentation"):
-                rngs = generators(config.run.seed, "labeled, on the device", batch.positions)
-                image, label, _ = recolor_and_flip(batch.image, batch.label, None, rngs)
+                image, label = labeled_view(batch, config.run.seed)
             with record_function("student"):
                 logits = wrapped(normalize(image))
             with record_function("losses"):

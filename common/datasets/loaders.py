@@ -17,12 +17,12 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.augment import apply_geometry, draw_geometry
+from common.augment import apply_geometry, draw_geometry, recolor_and_flip
 from common.datasets import open_source
 from common.datasets.source import Source
 from common.datasets.splits import Split, read_split
 from common.errors import UserError
-from common.seeding import generator
+from common.seeding import generator, generators
 
 # (image uint8 [3,H,W], label uint8 [H,W] or None, random numbers) -> the same two, augmented and cropped; what follows
 # them, if anything, reaches the training step as the batch's `details`
@@ -192,6 +192,17 @@ class StepBatches:
 
     def __iter__(self) -> "StepBatches":
         return self
+
+
+def labeled_view(batch: Batch, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is left to do on the device to a labeled batch: colours, blur and mirror, as seed and positions say.
+
+    Returns:
+        Image float [B,3,H,W] in [0,1], and label.
+    """
+    rngs = generators(seed, "labeled, on the device", batch.positions)
+    image, label, _ = recolor_and_flip(batch.image, batch.label, None, rngs)
+    return image, label
 
 
 def open_data(config: Any, accelerator: Accelerator) -> tuple[Source, Split]:
