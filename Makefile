@@ -22,8 +22,9 @@ demo: setup
 	$(BIN)/python prcl/eval.py $(DEMO) -s
 	@echo "Pictures: $(DEMO)/pictures (panels and curve of the training), $(DEMO)/eval/pictures (every validation image)"
 
+# A file of tests is one process's: the README's commands share what the ones before have made.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Every kill point and every mutated file, with a table of them: half an hour on two cores.
 stress: setup

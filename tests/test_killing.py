@@ -40,7 +40,7 @@ def test_a_second_interrupt_stops_at_once(tiny, tmp_path):
     wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 3', child)
     os.kill(child.process.pid, signal.SIGINT)
     time.sleep(2.2)
-    assert child.process.is_alive()  # the evaluation goes on: it belongs to the step
+    assert child.process.is_alive()  # it waits for the batch at hand
     asked = time.monotonic()
     os.kill(child.process.pid, signal.SIGINT)
     assert child.status() == 128 + signal.SIGINT
