@@ -214,7 +214,7 @@ def cells_per_process(config: Config, run: Run) -> int:
 
 @told
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "cac_cps", argv)
+    config = parse(Config, "cac_cps/train.py", argv)
     with Run(config, "cac_cps/train.py") as run:
         train(config, run)
 

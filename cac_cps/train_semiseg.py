@@ -38,7 +38,7 @@ from common.schedules import poly, set_lr
 
 @told
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "cac_cps", argv)
+    config = parse(Config, "cac_cps/train_semiseg.py", argv)
     with Run(config, "cac_cps/train_semiseg.py") as run:
         train(config, run)
 

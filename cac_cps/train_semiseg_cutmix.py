@@ -69,7 +69,7 @@ def box_masks(positions: Sequence[int], size: tuple[int, int], config: Config, r
 
 @told
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "cac_cps", argv)
+    config = parse(Config, "cac_cps/train_semiseg_cutmix.py", argv)
     with Run(config, "cac_cps/train_semiseg_cutmix.py") as run:
         train(config, run)
 

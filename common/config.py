@@ -176,19 +176,20 @@ LIMITS = {
 }
 
 
-def parse(config_class: type[T], paper: str, argv: list[str] | None = None) -> T:
+def parse(config_class: type[T], script: str, argv: list[str] | None = None) -> T:
     """Read a script's config from the command line: `--config FILE` and `--section.key value`.
 
     Args:
         config_class: Dataclass of the script, made of the sections above and its own `method`.
-        paper: Where its runs go by default: runs/<paper>/<name of the config file>.
+        script: `prcl/train.py` say. By default runs of a paper's `train.py` go to runs/<paper>/<name of the config
+            file>, those of its other scripts to runs/<paper>/<script>/<name of the config file>.
         argv: Arguments; by default those of the process.
 
     Raises:
         UserError: unknown key (the nearest one is named), wrong type, impossible value, unreadable file.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = ArgumentParser(prog=f"{paper}/train.py", exit_on_error=False, allow_abbrev=False, parser_mode="json")
+    parser = ArgumentParser(prog=script, exit_on_error=False, allow_abbrev=False, parser_mode="json")
     parser.add_argument("--config", action=ActionConfigFile, help="JSON file with the config.")
     parser.add_class_arguments(config_class)
     for path in _given_files(argv):
@@ -201,7 +202,8 @@ def parse(config_class: type[T], paper: str, argv: list[str] | None = None) -> T
         config.run.steps = None
     if config.run.dir is None:
         names = [Path(path).stem for path in _given_files(argv)]
-        config.run.dir = str(Path("runs", paper, names[-1] if names else "default"))
+        place = Path("runs", script.removesuffix("/train.py").removesuffix(".py"))
+        config.run.dir = str(place / (names[-1] if names else "default"))
     _check_values(config)
     return config
 

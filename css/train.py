@@ -287,7 +287,7 @@ def space_maps(image: Tensor, teacher: nn.Module, memory: Prototypes) -> dict[st
 
 @told
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "css", argv)
+    config = parse(Config, "css/train.py", argv)
     with Run(config, "css/train.py") as run:
         train(config, run)
 

@@ -230,7 +230,7 @@ def contrastive_weight(step: int, total: int, config: Config) -> float:
 
 @told
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "prcl", argv)
+    config = parse(Config, "prcl/train.py", argv)
     with Run(config, "prcl/train.py") as run:
         train(config, run)
 

@@ -44,7 +44,7 @@ class Config:
 
 @told
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "supervised", argv)
+    config = parse(Config, "supervised/train.py", argv)
     with Run(config, "supervised/train.py") as run:
         train(config, run)
 

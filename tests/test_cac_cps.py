@@ -57,7 +57,7 @@ class Kept(train.Bank):
         super().__init__(*sizes)
         made.append(self)
 train.Bank = Kept
-with Run(parse(train.Config, "cac_cps", sys.argv[2:]), "cac_cps/train.py") as run:
+with Run(parse(train.Config, "cac_cps/train.py", sys.argv[2:]), "cac_cps/train.py") as run:
     train.train(run.config, run)
     torch.save(made[0].state_dict(), f"{sys.argv[1]}/bank_{run.rank}.pt")
 """

@@ -28,7 +28,9 @@ def write(tmp_path):
 
 
 def test_file_then_overrides(write):
-    config = parse(Config, "prcl", ["--config", write(VALID), "--optim.lr", "0.01", "--data.crop_size", "[32, 48]"])
+    config = parse(
+        Config, "prcl/train.py", ["--config", write(VALID), "--optim.lr", "0.01", "--data.crop_size", "[32, 48]"]
+    )
     assert config.optim.lr == 0.01
     assert config.data.crop_size == (32, 48)
     assert config.method.temp == 0.5
@@ -36,12 +38,12 @@ def test_file_then_overrides(write):
 
 
 def test_steps_on_the_command_line_replace_epochs(write):
-    config = parse(Config, "prcl", ["--config", write(VALID), "--run.steps", "7"])
+    config = parse(Config, "prcl/train.py", ["--config", write(VALID), "--run.steps", "7"])
     assert (config.run.steps, config.run.epochs) == (7, None)
 
 
 def test_a_config_written_and_read_again_is_the_same(write, tmp_path):
-    config = parse(Config, "prcl", ["--config", write(VALID)])
+    config = parse(Config, "prcl/train.py", ["--config", write(VALID)])
     assert load_config(Config, write(to_dict(config))) == config
 
 
@@ -74,16 +76,24 @@ def changed(section: str, key: str, value) -> dict:
 )
 def test_mistakes_are_told_in_a_line_or_two(values, told, write):
     with pytest.raises(UserError, match=told) as error:
-        parse(Config, "prcl", ["--config", write(values)])
+        parse(Config, "prcl/train.py", ["--config", write(values)])
     assert len(str(error.value).splitlines()) <= 2
 
 
 def test_a_missing_file_is_told():
     with pytest.raises(UserError, match=r"nowhere\.json cannot be read"):
-        parse(Config, "prcl", ["--config", "nowhere.json"])
+        parse(Config, "prcl/train.py", ["--config", "nowhere.json"])
+
+
+@pytest.mark.parametrize(
+    ("script", "folder"),
+    [("prcl/train.py", "runs/prcl/mine"), ("cac_cps/train_semiseg.py", "runs/cac_cps/train_semiseg/mine")],
+)
+def test_runs_go_to_a_folder_of_the_paper_script_and_config(script, folder, write):
+    assert parse(Config, script, ["--config", write(VALID)]).run.dir == folder
 
 
 def test_numbers_are_plain(write):
-    config = parse(Config, "prcl", ["--config", write(VALID)])
+    config = parse(Config, "prcl/train.py", ["--config", write(VALID)])
     assert type(config.optim.lr) is float
     assert [type(side) for side in config.data.crop_size] == [int, int]

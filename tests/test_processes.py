@@ -98,7 +98,7 @@ from common.config import parse
 from common.run import Run
 out, paper, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
 train = importlib.import_module(f"{paper}.train")
-with Run(parse(train.Config, paper, arguments), f"{paper}/train.py") as run:
+with Run(parse(train.Config, f"{paper}/train.py", arguments), f"{paper}/train.py") as run:
     numbers = torch.Generator().manual_seed(0)
     image = torch.rand(4, 3, 40, 48, generator=numbers)
     maps = {"css": (4, 2, 40, 48), "prcl": (4, 40, 48)}[paper]
@@ -132,7 +132,7 @@ from common.config import parse
 from common.run import Run
 from css.losses import Prototypes
 from css.train import Config
-with Run(parse(Config, "css", sys.argv[2:]), "css/train.py") as run:
+with Run(parse(Config, "css/train.py", sys.argv[2:]), "css/train.py") as run:
     numbers = torch.Generator().manual_seed(0)
     memory = Prototypes(7, 8)
     for _ in range(3):
