@@ -1,4 +1,4 @@
-"""Crops for training as CAC and CPS cut them, and CAC's pairs of crops with their overlap.
+"""Crops for training as CAC cuts them, and its pairs of crops with their overlap.
 
 Draws come from a `numpy.random.Generator`, in the order of the released code.
 """
@@ -15,10 +15,10 @@ from torchvision.transforms.v2 import functional
 
 from common import IGNORE
 from common.augment import Geometry, nearest_crop
+from common.augment.crops import cut, draw_start, mirror
 
 CELL = 8  # pixels of an image per cell of CAC's feature maps, along a side
 TRIALS = 50
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's, in grey levels: about 0 once normalised
 
 
 @dataclass(frozen=True)
@@ -37,38 +37,11 @@ class LongerSideCrop:
 
     def __call__(self, image: Tensor, label: Tensor | None, rng: Generator) -> tuple[Tensor, Tensor | None]:
         height, width = draw_size(rng, image.shape[-2:], self.base, self.scale_range)
-        top, left = (_draw_start(rng, side, crop) for side, crop in zip((height, width), self.crop_size))
+        top, left = (draw_start(rng, side, crop) for side, crop in zip((height, width), self.crop_size))
         image = cut(resize(image, height, width), [(top, left)], self.crop_size)[0]
         if label is not None:
             label = nearest_crop(label, Geometry(height, width, top, left), self.crop_size, IGNORE)
         return mirror(image, label, rng.random() > 0.5)
-
-
-@dataclass(frozen=True)
-class ScaleChoiceCrop:
-    """Original CPS's crop: half of the images mirrored, one of few scales, a crop with the padding all around.
-
-    Attributes:
-        crop_size: Height and width of the result, pixels.
-        scales: The scales, each as likely.
-    """
-
-    crop_size: tuple[int, int]
-    scales: tuple[float, ...]
-
-    def __call__(self, image: Tensor, label: Tensor | None, rng: Generator) -> tuple[Tensor, Tensor | None]:
-        image, label = mirror(image, label, rng.random() >= 0.5)
-        scale = float(rng.choice(self.scales))
-        height, width = (int(side * scale) for side in image.shape[-2:])
-        sides = tuple(zip((height, width), self.crop_size))
-        top, left = (_draw_start(rng, side, crop) if side > crop else 0 for side, crop in sides)
-        above, before = (max(0, crop - side) // 2 for side, crop in sides)
-        resized = functional.resize(image, [height, width], InterpolationMode.BILINEAR, antialias=False)
-        image = cut(resized, [(top - above, left - before)], self.crop_size)[0]
-        if label is not None:
-            label = nearest_crop(label, Geometry(height, width, top, left), self.crop_size, IGNORE)
-            label = label.roll((above, before), (-2, -1))  # what it is rolled over is padding
-        return image, label
 
 
 @dataclass(frozen=True)
@@ -107,10 +80,10 @@ def draw_pair(
     """
     height, width = draw_size(rng, size, base, scale_range)
     sides = (max(height, crop_size[0]), max(width, crop_size[1]))
-    left, top = _draw_start(rng, sides[1], crop_size[1]), _draw_start(rng, sides[0], crop_size[0])
+    left, top = draw_start(rng, sides[1], crop_size[1]), draw_start(rng, sides[0], crop_size[0])
     first = second = (top, left)
     for _ in range(TRIALS):
-        x, y = _draw_start(rng, sides[1], crop_size[1]), _draw_start(rng, sides[0], crop_size[0])
+        x, y = draw_start(rng, sides[1], crop_size[1]), draw_start(rng, sides[0], crop_size[0])
         drawn = (_snapped(y, top), _snapped(x, left))
         if iou_bound[0] <= _iou(first, drawn, crop_size) <= iou_bound[1]:
             second = drawn
@@ -157,19 +130,6 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     return functional.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
 
 
-def cut(image: Tensor, corners: Sequence[tuple[int, int]], crop_size: Sequence[int]) -> list[Tensor]:
-    """Crops of `image` uint8 [3,H,W] at (top, left), which may be negative; the mean colour around the image."""
-    colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1)
-    crops = []
-    for top, left in corners:
-        inside = image[:, max(top, 0) : max(top + crop_size[0], 0), max(left, 0) : max(left + crop_size[1], 0)]
-        crop = colour.expand(3, *crop_size).clone()
-        below, right = max(-top, 0), max(-left, 0)
-        crop[:, below : below + inside.shape[1], right : right + inside.shape[2]] = inside
-        crops.append(crop)
-    return crops
-
-
 @dataclass(frozen=True)
 class PairCrop:
     """`cut_pair` of a random pair, for unlabeled images. Attributes as the arguments of `draw_pair`."""
@@ -182,17 +142,6 @@ class PairCrop:
     def __call__(self, image: Tensor, label: None, rng: Generator) -> tuple[Tensor, None, Pair]:
         pair = draw_pair(rng, image.shape[-2:], self.crop_size, self.base, self.scale_range, self.iou_bound)
         return cut_pair(image, pair, self.crop_size), None, pair
-
-
-def mirror(image: Tensor, label: Tensor | None, mirrored: bool) -> tuple[Tensor, Tensor | None]:
-    """Left and right exchanged where `mirrored`."""
-    if not mirrored:
-        return image, label
-    return image.flip(-1), None if label is None else label.flip(-1)
-
-
-def _draw_start(rng: Generator, side: int, crop: int) -> int:
-    return int(rng.integers(0, max(side - crop, 0), endpoint=True))
 
 
 def _snapped(position: int, origin: int) -> int:

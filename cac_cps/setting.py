@@ -8,8 +8,8 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from cac_cps.crops import LongerSideCrop, ScaleChoiceCrop
-from common.augment import PhotometricRanges, apply_photometric_batch, draw_photometric, normalize
+from cac_cps.crops import LongerSideCrop
+from common.augment import PhotometricRanges, ScaleChoiceCrop, apply_photometric_batch, draw_photometric, normalize
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets.loaders import Batch, TrainingImages, Transform
 from common.datasets.source import Source

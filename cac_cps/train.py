@@ -226,7 +226,7 @@ def train(config: Config, run: Run) -> None:
     run.set_length(max(1, len(split.labeled) // optim.batch_size) if method.supervised else STEPS_PER_EPOCH)
     labeled_stream = labeled_images(source, split.labeled, config)
     if not method.supervised:
-        check_unlabeled(split.unlabeled, config.data.split)
+        check_unlabeled(split.unlabeled, config.data.lists)
         base = config.method.base_size or max(config.data.crop_size)
         pairs = PairCrop(config.data.crop_size, base, method.scale_range, method.iou_bound)
         unlabeled_stream = TrainingImages(

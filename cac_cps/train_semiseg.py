@@ -25,13 +25,13 @@ from cac_cps.setting import (
     protocol_of,
     unlabeled_images,
 )
-from cac_cps.two_networks import TwoNetworks
 from common.augment import normalize
 from common.config import parse
 from common.datasets.loaders import Batch, StepBatches, open_data
 from common.errors import told
 from common.evaluation import evaluate_run
 from common.losses import upsample
+from common.models.two_networks import TwoNetworks
 from common.run import Run
 from common.schedules import poly, set_lr
 
@@ -47,7 +47,7 @@ def train(config: Config, run: Run) -> None:
     optim, weight = config.optim, cps_weight(config, cutmix=False)
 
     source, split = open_data(config, run.accelerator)
-    check_unlabeled(split.unlabeled, config.data.split)
+    check_unlabeled(split.unlabeled, config.data.lists)
     run.set_length(STEPS_PER_EPOCH)
     labeled_stream = labeled_images(source, split.labeled, config)
     unlabeled_stream = unlabeled_images(source, split.unlabeled, config, "unlabeled")

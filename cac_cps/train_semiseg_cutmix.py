@@ -10,7 +10,6 @@ cac_cps/README.md for every departure from the released code, hardware and resul
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
@@ -27,16 +26,15 @@ from cac_cps.setting import (
     labeled_loss,
     make_optimizer,
     protocol_of,
-    to_device,
     unlabeled_images,
 )
-from cac_cps.two_networks import TwoNetworks
-from common.augment import draw_toggled_masks, mix, normalize
+from common.augment import mix, normalize, toggled_masks
 from common.config import parse
 from common.datasets.loaders import Batch, StepBatches, open_data
 from common.errors import told
 from common.evaluation import evaluate_run
 from common.losses import upsample
+from common.models.two_networks import TwoNetworks
 from common.run import Run
 from common.schedules import poly, set_lr
 from common.seeding import generators
@@ -64,7 +62,7 @@ def mixed_label(network: nn.Module, images: tuple[Tensor, Tensor], mask: Tensor,
 def box_masks(positions: Sequence[int], size: tuple[int, int], config: Config, run: Run) -> Tensor:
     """The mask of each image, bool [B,H,W], from its position in the first stream."""
     rngs = generators(config.run.seed, "boxes", positions)
-    return to_device(np.concatenate([draw_toggled_masks(rng, 1, *size) for rng in rngs]), run)
+    return toggled_masks(rngs, size, run.device)
 
 
 @told
@@ -78,7 +76,7 @@ def train(config: Config, run: Run) -> None:
     optim, weight = config.optim, cps_weight(config, cutmix=True)
 
     source, split = open_data(config, run.accelerator)
-    check_unlabeled(split.unlabeled, config.data.split)
+    check_unlabeled(split.unlabeled, config.data.lists)
     run.set_length(STEPS_PER_EPOCH)
     labeled_stream = labeled_images(source, split.labeled, config)
     # Two streams of the same images, drawn independently.

@@ -25,7 +25,7 @@ from rich.table import Table
 from common import IGNORE
 from common.config import DataConfig, SharedConfig, flatten, load_config, to_dict
 from common.datasets import Source, open_source
-from common.datasets.splits import Split, read_split
+from common.datasets.splits import Split, split_of
 from common.errors import UserError
 
 SHOWN_FAULTS = 5
@@ -135,8 +135,8 @@ def check(config: SharedConfig, console: Console) -> list[str]:
     _say(console, f"dataset: {config.data.dataset}")
     source = open_source(config.data)
     _say(console, f"layout: {source.layout}")
-    split = read_split(config.data.split, allow_overlap=True)
-    _say(console, f"split: {config.data.split}")
+    split = split_of(config.data, source, allow_overlap=True)
+    _say(console, f"split: {config.data.lists}")
     found = {}
     watch = partial(track, console=console, transient=True, disable=not console.is_terminal)
     for name, names in (("labeled", split.labeled), ("unlabeled", split.unlabeled), ("valid", split.valid)):

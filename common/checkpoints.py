@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,15 +99,18 @@ def point(root: Path, name: str, step: int) -> None:
     sync_file(root)
 
 
-def prune(root: Path, keep: int, snapshot_every: int) -> None:
-    """Delete all but the `keep` newest resumable checkpoints and those linked to; snapshots keep their weights."""
+def prune(root: Path, keep: int, is_snapshot: Callable[[int], bool]) -> None:
+    """Delete all but the `keep` newest resumable checkpoints and those linked to.
+
+    Of those that are snapshots, by their step, the weights stay.
+    """
     linked = {(root / name).resolve().name for name in ("last", "best")}
     resumable = [step for step in list_steps(root) if (step_folder(root, step) / "state.pt").exists()]
     for step in resumable[:-keep]:
         folder = step_folder(root, step)
         if folder.name in linked:
             continue
-        if snapshot_every and step % snapshot_every == 0:
+        if is_snapshot(step):
             # meta.json still names the files that go: `read` asks for them only when a run continues.
             for name in RESUME_FILES:
                 (folder / name).unlink(missing_ok=True)

@@ -31,7 +31,9 @@ class DataConfig:
     Args:
         dataset: Kind of dataset tree under `root`; `shapes` is the built-in one, made on first use.
         root: Folder of the dataset.
-        split: Folder of the lists {labeled,unlabeled,valid}_filename.txt.
+        split: Folder of the lists {labeled,unlabeled,valid}_filename.txt; either this or `labeled_list`.
+        labeled_list: File with the labeled images; those for validation are then the dataset's own.
+        unlabeled_list: File with the unlabeled images; by default all others for training.
         crop_size: Height and width of a training crop, in pixels.
         scale_range: Smallest and largest random scale of a labeled image.
         allow_overlap: Accept images that are in the labeled and in the unlabeled list.
@@ -44,7 +46,9 @@ class DataConfig:
 
     dataset: Literal["voc", "cityscapes", "gta5", "folder", "shapes"]
     root: str
-    split: str
+    split: Optional[str] = None
+    labeled_list: Optional[str] = None
+    unlabeled_list: Optional[str] = None
     crop_size: tuple[PositiveInt, PositiveInt] = (321, 321)
     scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
     allow_overlap: bool = False
@@ -53,6 +57,11 @@ class DataConfig:
     image_dir: str = "images"
     label_dir: str = "labels"
     classes: str = "classes.txt"
+
+    @property
+    def lists(self) -> str:
+        """What says which images are labeled, for messages."""
+        return self.split or self.labeled_list or "data without lists"
 
 
 @dataclass
@@ -121,6 +130,7 @@ class RunConfig:
         save_every: Write a checkpoint after so many steps, and at the end; by default as often as `eval_every`.
         keep: How many of the newest checkpoints are kept, besides the best one.
         snapshot_every: Keep a weights-only checkpoint after so many steps, never pruned; 0 keeps none.
+        snapshot_from: Step of the first of them; by default `snapshot_every`.
         log_every: Write losses to metrics.jsonl after so many steps.
         precision: fp32, fp16 or bf16; by default what `accelerate launch` was told.
         device: `auto` takes the GPU where there is one; `cpu`.
@@ -142,6 +152,7 @@ class RunConfig:
     save_every: Optional[PositiveInt] = None
     keep: PositiveInt = 2
     snapshot_every: NonNegativeInt = 0
+    snapshot_from: Optional[PositiveInt] = None
     log_every: PositiveInt = 20
     precision: Optional[Literal["fp32", "fp16", "bf16"]] = None
     device: Literal["auto", "cpu"] = "auto"
@@ -195,11 +206,7 @@ def parse(config_class: type[T], script: str, argv: list[str] | None = None) -> 
     for path in _given_files(argv):
         _check_keys(config_class, _read_json(path), path)
     config = _parse(parser, config_class, lambda: parser.parse_args(argv))
-    given = {argument.split("=")[0] for argument in argv} & {"--run.steps", "--run.epochs"}
-    if given == {"--run.steps"}:
-        config.run.epochs = None
-    elif given == {"--run.epochs"}:
-        config.run.steps = None
+    _let_the_command_line_win(config, {argument.split("=")[0] for argument in argv})
     if config.run.dir is None:
         names = [Path(path).stem for path in _given_files(argv)]
         place = Path("runs", script.removesuffix("/train.py").removesuffix(".py"))
@@ -257,6 +264,20 @@ def _parse(parser: ArgumentParser, config_class: type[T], read: Callable[[], Nam
     for field in dataclasses.fields(config):
         _make_plain(getattr(config, field.name))
     return config
+
+
+def _let_the_command_line_win(config: Any, given: set[str]) -> None:
+    """Of two keys that exclude each other, one on the command line replaces the other of the file."""
+    length = given & {"--run.steps", "--run.epochs"}
+    if length == {"--run.steps"}:
+        config.run.epochs = None
+    elif length == {"--run.epochs"}:
+        config.run.steps = None
+    lists = given & {"--data.split", "--data.labeled_list"}
+    if lists == {"--data.split"}:
+        config.data.labeled_list = config.data.unlabeled_list = None
+    elif lists == {"--data.labeled_list"}:
+        config.data.split = None
 
 
 def _make_plain(section: Any) -> None:

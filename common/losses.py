@@ -22,7 +22,13 @@ def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return total / (label != IGNORE).sum().clamp(min=1)
 
 
-def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, threshold: float, min_kept: int) -> torch.Tensor:
+def ohem_cross_entropy(
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    threshold: float,
+    min_kept: int,
+    class_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Mean cross-entropy over the hard pixels: the probability of their class is at most `threshold`.
 
     Where fewer than `min_kept` pixels are hard, the `min_kept` hardest are taken, and all where there are not so many.
@@ -32,7 +38,8 @@ def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, threshold: flo
         logits: [B,C,H,W].
         label: int64 [B,H,W], 255 = ignore.
         threshold: Probability in [0,1].
-        min_kept: Pixels of the batch.
+        min_kept: Pixels of the batch, at least 1.
+        class_weight: [C], of each class's pixels in the mean; by default all alike.
     """
     valid = label != IGNORE
     loss = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
@@ -40,4 +47,7 @@ def ohem_cross_entropy(logits: torch.Tensor, label: torch.Tensor, threshold: flo
     hardest = probability.topk(min(min_kept, len(probability)), largest=False, sorted=False).values
     limit = hardest.amax().clamp(min=threshold)
     kept = valid & ((probability.view_as(loss) <= limit) | (valid.sum() < min_kept))
-    return loss.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+    if class_weight is None:
+        return loss.masked_fill(~kept, 0.0).sum() / kept.sum().clamp(min=1)
+    weight = class_weight[label.masked_fill(~kept, 0)] * kept
+    return (weight * loss).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)

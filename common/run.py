@@ -354,10 +354,9 @@ class Run(AbstractContextManager):
         """Write a checkpoint where one is due: by cadence, a new best, the last step, or because of a signal."""
         is_best = self._best is not None and self._best["step"] == self.step
         due = self.step % self._save_every == 0 or self.step == self.total
-        every = self.config.run.snapshot_every
         if due or is_best or self._stopping:
             self._save(resumable=True)
-        elif every and self.step % every == 0:
+        elif self._is_snapshot(self.step):
             self._save(resumable=False)
         self.log.restart_clock(self.step)
 
@@ -478,11 +477,16 @@ class Run(AbstractContextManager):
         }
         checkpoints.write(root, self._meta(), parts.model.state_dict(), extra, state)
 
+    def _is_snapshot(self, step: int) -> bool:
+        run = self.config.run
+        first = run.snapshot_from or run.snapshot_every
+        return run.snapshot_every > 0 and step >= first and (step - first) % run.snapshot_every == 0
+
     def _point_and_prune(self, root: Path) -> None:
         checkpoints.point(root, "last", self.step)
         if self._best and self._best["step"] == self.step:
             checkpoints.point(root, "best", self.step)
-        checkpoints.prune(root, self.config.run.keep, self.config.run.snapshot_every)
+        checkpoints.prune(root, self.config.run.keep, self._is_snapshot)
 
     def _meta(self) -> dict[str, Any]:
         text = json.dumps(to_dict(self.config), sort_keys=True)

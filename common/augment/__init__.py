@@ -6,6 +6,7 @@ never waits for the device.
 Images are uint8 or float in [0, 1] until `normalize`, which is called right before a network.
 """
 
+from common.augment.crops import ScaleChoiceCrop
 from common.augment.geometry import (
     Geometry,
     apply_geometry,
@@ -16,7 +17,7 @@ from common.augment.geometry import (
     flip_batch,
     nearest_crop,
 )
-from common.augment.mixing import draw_toggled_masks, mix, mix_batch
+from common.augment.mixing import draw_toggled_masks, mix, mix_batch, toggled_masks
 from common.augment.photometric import (
     Photometric,
     PhotometricRanges,
@@ -32,6 +33,7 @@ __all__ = [
     "Geometry",
     "Photometric",
     "PhotometricRanges",
+    "ScaleChoiceCrop",
     "apply_geometry",
     "apply_geometry_batch",
     "apply_photometric",
@@ -48,4 +50,5 @@ __all__ = [
     "nearest_crop",
     "normalize",
     "recolor_and_flip",
+    "toggled_masks",
 ]

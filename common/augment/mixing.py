@@ -70,6 +70,18 @@ def draw_toggled_masks(
     return masks
 
 
+def toggled_masks(
+    rngs: Sequence[Generator],
+    size: Sequence[int],
+    device: torch.device,
+    proportions: tuple[float, float] = (0.25, 0.5),
+    boxes: int = 3,
+) -> Tensor:
+    """A mask of `draw_toggled_masks` of each generator: bool [B,*size] on `device`."""
+    masks = [draw_toggled_masks(rng, 1, *size, proportions, boxes) for rng in rngs]
+    return _to_device(np.concatenate(masks), device)
+
+
 def draw_class_keys(rng: Generator) -> np.ndarray:
     """A random rank for each of the 256 values a label can have: which of them are present only the device knows."""
     return rng.permutation(256)

@@ -31,14 +31,14 @@ def open_source(data: DataConfig) -> Source:
         return GTA5(data.root)
     if data.dataset == "folder":
         return Folder(data.root, data.image_dir, data.label_dir, data.classes)
-    return _built_in(Path(data.root).expanduser(), Path(data.split).expanduser())
+    return _built_in(Path(data.root).expanduser(), Path(data.split).expanduser() if data.split else None)
 
 
-def _built_in(root: Path, split: Path) -> VOC:
+def _built_in(root: Path, split: Path | None) -> VOC:
     if not is_drawn(root):
         make_shapes(root, "voc")
     source = VOC(root, CLASSES)
-    if split.parent.parent.resolve() == (root / "splits").resolve() and not split.exists():
+    if split and split.parent.parent.resolve() == (root / "splits").resolve() and not split.exists():
         labels, seed = split.parent.name, split.name
         if not (labels.isdigit() and seed.isdigit()):
             raise UserError(f"split {split} of the built-in data: give {root}/splits/<labels>/<seed>, both numbers")

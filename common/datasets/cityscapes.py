@@ -91,6 +91,9 @@ class Cityscapes(Source):
             return sorted(path.stem + IMAGE_SUFFIX for path in (self._images / subset).glob("*.png"))
         return sorted(path.stem for path in (self._images / subset).glob(f"*/*{IMAGE_SUFFIX}.png"))
 
+    def id_of(self, path: str) -> str:
+        return Path(path).stem.removesuffix(IMAGE_SUFFIX) + IMAGE_SUFFIX  # the lists of CPS leave it away
+
     def _image_candidates(self, name: str) -> list[Path]:
         stem = _stem(name)
         if self._cps:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from common.augment import apply_geometry, draw_geometry, recolor_and_flip
 from common.datasets import open_source
 from common.datasets.source import Source
-from common.datasets.splits import Split, read_split
+from common.datasets.splits import Split, split_of
 from common.errors import UserError
 from common.seeding import generator, generators
 
@@ -216,7 +216,7 @@ def open_data(config: Any, accelerator: Accelerator) -> tuple[Source, Split]:
     with accelerator.main_process_first():  # the built-in data are made by one process
         source = open_source(data)
         source.skip_bad_files = data.skip_bad_files
-        split = read_split(data.split, data.allow_overlap, data.dataset, data.root)
+        split = split_of(data, source)
     if len(source.classes) != config.model.num_classes:
         raise UserError(
             f"model.num_classes is {config.model.num_classes}, but {data.root} has {len(source.classes)} classes "
@@ -225,7 +225,7 @@ def open_data(config: Any, accelerator: Accelerator) -> tuple[Source, Split]:
     seen = sorted(set(split.valid) & {*split.labeled, *split.unlabeled})
     if seen and not data.allow_overlap:
         raise UserError(
-            f"{data.split}: {len(seen)} validation images are also trained on, {seen[0]} for one: "
+            f"{data.lists}: {len(seen)} validation images are also trained on, {seen[0]} for one: "
             "mend the lists, or accept it with data.allow_overlap"
         )
     check_files(source, split.valid, with_label=True)

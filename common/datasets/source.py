@@ -51,6 +51,10 @@ class Source(ABC):
     def _label_table(self, path: Path) -> np.ndarray:
         """uint8 [256]: class id, 255 or `UNKNOWN` for every value that the label file may hold."""
 
+    def id_of(self, path: str) -> str:
+        """The id of the image at `path`, as lists that hold paths have it: its name without folder and ending."""
+        return Path(path).stem
+
     def image_path(self, name: str) -> Path:
         """Raises UserError naming the path when there is no such file."""
         return _first_file("image", name, self._image_candidates(name))

@@ -4,6 +4,9 @@ A split is a folder `<root>/<labels>/<seed>` of three lists, one id a line: labe
 and valid_filename.txt. `splits/make.py` makes them. Where there is no such folder `<root>/<labels>`, the lists that CAC
 published are read: <root>/<labels>_train_supervised.txt, <labels>_train_unsupervised.txt and val.txt, with the paths of
 an image and its label a line.
+
+A config may also name a list of labeled and one of unlabeled images, as CPS published them: an id a line, or the paths
+of an image and its label.
 """
 
 import hashlib
@@ -12,12 +15,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from common import IGNORE
+from common.config import DataConfig
 from common.datasets.source import Source, read_lines
 from common.errors import UserError
 
@@ -29,6 +33,31 @@ class Split:
     labeled: list[str]
     unlabeled: list[str]
     valid: list[str]
+
+
+def split_of(data: DataConfig, source: Source, allow_overlap: bool | None = None) -> Split:
+    """The lists that a config names: those of its split, or `labeled_list`, `unlabeled_list` and the dataset's own.
+
+    Args:
+        data: The config's section.
+        source: Of these data.
+        allow_overlap: In place of the config's.
+
+    Raises UserError as `read_split`, and where both or neither kind is named.
+    """
+    allow_overlap = data.allow_overlap if allow_overlap is None else allow_overlap
+    if (data.split is None) == (data.labeled_list is None):
+        raise UserError("a config states one of data.split and data.labeled_list; set the other to null")
+    if data.split is not None:
+        if data.unlabeled_list is not None:
+            raise UserError("data.unlabeled_list goes with data.labeled_list, not with data.split")
+        return read_split(data.split, allow_overlap, data.dataset, data.root)
+    paths = {"labeled": Path(data.labeled_list).expanduser()}
+    split = complete(source, _read_ids(paths["labeled"], source))
+    if data.unlabeled_list is not None:
+        paths["unlabeled"] = Path(data.unlabeled_list).expanduser()
+        split = replace(split, unlabeled=_read_ids(paths["unlabeled"], source))
+    return _checked(split, data.lists, lambda kind: paths.get(kind, source.layout), allow_overlap)
 
 
 def read_split(folder: str | Path, allow_overlap: bool = False, dataset: str = "DATASET", root: str = "ROOT") -> Split:
@@ -55,14 +84,14 @@ def read_split(folder: str | Path, allow_overlap: bool = False, dataset: str = "
     return _checked(split, folder, lambda kind: _list_path(folder, kind), allow_overlap)
 
 
-def _checked(split: Split, folder: Path, path_of: Callable[[str], Path], allow_overlap: bool) -> Split:
+def _checked(split: Split, told: str | Path, path_of: Callable[[str], str | Path], allow_overlap: bool) -> Split:
     for kind in ("labeled", "valid"):
         if not getattr(split, kind):
             raise UserError(f"{path_of(kind)} is empty")
     both = sorted(set(split.labeled) & set(split.unlabeled))
     if both and not allow_overlap:
         raise UserError(
-            f"{folder}: {len(both)} images are both labeled and unlabeled, {both[0]} for one:"
+            f"{told}: {len(both)} images are both labeled and unlabeled, {both[0]} for one:"
             " mend the lists, or accept it with data.allow_overlap"
         )
     return split
@@ -193,6 +222,13 @@ def _read_paths(path: Path) -> list[str]:
         if len(line) != 2:
             raise UserError(f"{path} holds the line {' '.join(line)!r}: lines have the paths of an image and its label")
     return _once([Path(image).stem for image, _ in lines], path)
+
+
+def _read_ids(path: Path, source: Source) -> list[str]:
+    """Ids of a list of CPS, where a line is an id, or the paths of an image and of its label."""
+    if not path.is_file():
+        raise UserError(f"no list {path}: set data.labeled_list and data.unlabeled_list to files that are there")
+    return _once([source.id_of(line.split()[0]) if set(line) & set("/\t") else line for line in read_lines(path)], path)
 
 
 def _read_list(path: Path) -> list[str]:

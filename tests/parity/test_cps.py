@@ -17,18 +17,17 @@ from networks import Caught, draw_input, fill_small, official_keys, read_keys
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from cac_cps.crops import ScaleChoiceCrop
 from cac_cps.losses import cross_pseudo_loss, pseudo_label
 from cac_cps.setting import OHEM_THRESHOLD, Config, Method, make_optimizer
 from cac_cps.train_semiseg_cutmix import mixed_label
-from cac_cps.two_networks import TwoNetworks
 from common import IGNORE
-from common.augment import draw_toggled_masks, mix
+from common.augment import ScaleChoiceCrop, draw_toggled_masks, mix
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets.loaders import StepSampler
 from common.inference import Protocol, sum_logits
 from common.losses import cross_entropy, ohem_cross_entropy
 from common.metrics import ConfusionMatrix
+from common.models.two_networks import TwoNetworks
 from common.models.weights import CPS, CPS_IN_CAC, deeplab_from_cps, load_state
 from common.schedules import poly
 

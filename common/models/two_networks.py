@@ -1,9 +1,9 @@
-"""The two networks of CPS in one module, as DDP wants what is trained."""
+"""The two networks of CPS or CPCL in one module, as DDP wants what is trained."""
 
 from torch import Tensor, nn
 
 from common.config import ModelConfig
-from common.models import build_network
+from common.models.deeplab import build_network
 
 
 class TwoNetworks(nn.Module):
