@@ -6,7 +6,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,22 +15,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from common.config import load_config
+from common.config import DataConfig, ModelConfig, load_config
 from common.datasets import open_source
 from common.datasets.source import Source
-from common.datasets.splits import read_split
+from common.datasets.splits import split_of
 from common.errors import UserError, told
 from common.evaluation import evaluate, sample_predictions
 from common.inference import MeanOfNetworks, Protocol
 from common.metrics import Scores
 from common.models import build_network
 from common.models.weights import load_state, read_state
-from common.targets import Target, find_run, find_targets
-from common.visual import Sample, compare, save_label
+from common.targets import Target, find_run, find_targets, run_around
+from common.visual import Sample, compare, save_ids, save_label, score_curve
 
 State = dict[str, Tensor]
 
@@ -55,51 +57,97 @@ def main_eval(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser(paper, second is not None).parse_args(argv)
-    run = find_run(paper, args.run, args.which)
-    _check_paper(paper, run)
-    config = load_config(config_class, run / "config.json")
+    run, config_file = _find_config(paper, args)
+    config = load_config(config_class, config_file)
     protocol = _protocol(args, protocol_of(config) if protocol_of else Protocol())
     accelerator = _accelerator(args.devices, config.run.precision, argv)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
-    targets, notes = find_targets(run, args.which, by_epoch=config.run.epochs is not None)
+    # A training may write checkpoints at this moment: all processes go by what one has seen.
+    found = [find_targets(run, args.which, by_epoch=config.run.epochs is not None)]
+    ((targets, notes),) = broadcast_object_list(found)
     data = load_config(config_class, args.config).data if args.config else config.data
-    # The built-in data are made on first use: by one process.
-    with accelerator.main_process_first():
-        source = open_source(data)
-    if len(source.classes) != config.model.num_classes:
-        raise UserError(
-            f"the network of {run} has {config.model.num_classes} classes, "
-            f"but {data.dataset} in {data.root} has {len(source.classes)}; give a --config with the same classes"
-        )
-    names = read_split(data.split, data.allow_overlap, data.dataset, data.root).valid
+    source = _open_source(data, config.model, run, accelerator)
+    names = split_of(data, source).valid
     console.print(f"run {run}" + ("" if args.run else f" (the newest of {paper})"))
-    console.print(f"{len(names)} images of {data.split}, {accelerator.num_processes} process(es), {accelerator.device}")
+    console.print(f"{len(names)} images of {data.lists}, {accelerator.num_processes} process(es), {accelerator.device}")
     for note in notes:
         console.print(f"note: {note}")
 
     # The weights come from the checkpoint: ImageNet's are neither needed nor downloaded.
     numbers = {"1": (1,), "2": (2,), "both": (1, 2)}[args.network]
-    networks = [build_network(replace(config.model, pretrained=False)).to(accelerator.device) for _ in numbers]
-    network = networks[0] if len(networks) == 1 else MeanOfNetworks(networks)
-    results = []
+    networks = {number: build_network(replace(config.model, pretrained=False)) for number in numbers}
+    network = networks[numbers[0]] if len(numbers) == 1 else MeanOfNetworks(list(networks.values()))
+    network.to(accelerator.device)
+    results: list[tuple[Target, Scores]] = []
     for target in targets:
-        for one, number in zip(networks, numbers):
-            state = _read_network(target.file, number, second, from_published)
-            load_state(one, state, str(target.file), f"the network of {run / 'config.json'}")
+        try:
+            with _on_all_processes(accelerator):
+                for number, one in networks.items():
+                    state = _read_network(target.file, number, second, from_published)
+                    load_state(one, state, str(target.file), f"the network of {config_file}")
+        except UserError as error:
+            # Of several, one may have been pruned by a training that goes on.
+            if target is targets[-1] and not results:
+                raise
+            console.print(f"note: left out: {error}")
+            continue
         classes, workers = source.classes, data.workers
         scores = evaluate(network, source, names, len(classes), accelerator, protocol, workers=workers, bar=True)
-        results.append(scores)
+        results.append((target, scores))
         console.print(_class_table(target, scores, classes, protocol, args.network))
+        name = _file_name(target.which, protocol, args.network)
         if accelerator.is_main_process:
-            _write_scores(run, target, scores, classes, protocol, args.config, args.network)
+            told = _contents(target, scores, classes) | {"data_config": args.config or str(config_file)}
+            told["protocol"] = asdict(protocol) | {"text": protocol.describe() + _network_told(args.network)}
+            _write_json(run / "eval" / f"{name}.json", told)
         if args.save_pictures:
             mine = names[accelerator.process_index :: accelerator.num_processes]
             samples = sample_predictions(network, source, mine, protocol, accelerator.device)
-            _write_pictures(run / "eval" / "pictures" / _file_name(target, protocol, args.network), samples, source)
+            _write_pictures(run / "eval" / "pictures" / name, samples, source)
     if len(targets) > 1:
-        console.print(_summary(targets, results))
+        console.print(_summary(results, source.classes))
+        if accelerator.is_main_process:
+            name = _file_name(args.which.replace(":", "_"), protocol, args.network)
+            _write_summary(run / "eval" / name, results, source.classes)
     console.print(f"written to {run / 'eval'}")
     accelerator.end_training()
+
+
+def _find_config(paper: str, args: argparse.Namespace) -> tuple[Path, Path]:
+    """The run folder and its config file. A weight file that lies in no run may come with a config file instead."""
+    if args.run is None and args.config and args.which and Path(args.which).is_file() and not run_around(args.which):
+        return Path("runs", paper, Path(args.config).stem), Path(args.config)
+    run = find_run(paper, args.run, args.which)
+    _check_paper(paper, run)
+    return run, run / "config.json"
+
+
+def _open_source(data: DataConfig, model: ModelConfig, run: Path, accelerator: Accelerator) -> Source:
+    """The reader of the data, whose classes must be those of the network."""
+    with accelerator.main_process_first():  # the built-in data are made on first use: by one process
+        source = open_source(data)
+    if len(source.classes) != model.num_classes:
+        raise UserError(
+            f"the network of {run} has {model.num_classes} classes, "
+            f"but {data.dataset} in {data.root} has {len(source.classes)}; give a --config with the same classes"
+        )
+    return source
+
+
+@contextmanager
+def _on_all_processes(accelerator: Accelerator) -> Iterator[None]:
+    """What one process cannot read, none goes on with: the others would wait for it.
+
+    Raises:
+        UserError: on every process, where one did.
+    """
+    bad: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        bad = error
+    if accelerator.reduce(torch.tensor(int(bad is not None), device=accelerator.device), "sum"):
+        raise bad or UserError("a checkpoint that another process could not read")
 
 
 def _check_paper(paper: str, run: Path) -> None:
@@ -186,7 +234,11 @@ def _parser(paper: str, two_networks: bool) -> argparse.ArgumentParser:
         parser.add_argument("--network", choices=("1", "2", "both"), default="1", help="both: the mean of their logits")
     else:
         parser.set_defaults(network="1")
-    parser.add_argument("--config", metavar="FILE", help="evaluate on the data section of this config")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="evaluate on the data section of this config; with -e FILE of no run, its network too",
+    )
     return parser
 
 
@@ -239,72 +291,98 @@ def _percent(share: float) -> str:
 
 
 def _class_table(target: Target, scores: Scores, classes: Sequence[str], protocol: Protocol, network: str) -> Table:
-    caption = f"pixel accuracy {_percent(scores.pixel_accuracy)}; {protocol.describe()}{_network_told(network)}"
-    table = Table(title=_told(target), caption=caption, title_justify="left", caption_justify="left", show_footer=True)
-    table.add_column("class", f"mean over {scores.classes_counted} of {len(classes)} classes")
-    table.add_column("IoU %", _percent(scores.miou), justify="right")
+    caption = protocol.describe() + _network_told(network)
+    table = Table(title=_told(target), caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("class")
+    table.add_column("IoU %", justify="right")
     for name, iou in zip(classes, scores.per_class_iou):
         table.add_row(name, _percent(iou), style="dim" if math.isnan(iou) else None)
+    table.add_section()
+    table.add_row(f"mean over {scores.classes_counted} of {len(classes)} classes", _percent(scores.miou))
+    if _has_background(classes):
+        table.add_row("mean without background", _percent(scores.miou_without_first))
+    table.add_row("pixel accuracy", _percent(scores.pixel_accuracy))
     return table
 
 
-def _summary(targets: Sequence[Target], results: Sequence[Scores]) -> Table:
-    table = Table("checkpoint", "mIoU %", "classes", "pixel accuracy %", title="all", title_justify="left")
-    best = max(scores.miou for scores in results)
-    for target, scores in zip(targets, results):
-        row = (_percent(scores.miou), str(scores.classes_counted), _percent(scores.pixel_accuracy))
-        table.add_row(_told(target), *row, style="bold" if scores.miou == best else None)
+def _has_background(classes: Sequence[str]) -> bool:
+    return classes[0] == "background"
+
+
+def _summary(results: Sequence[tuple[Target, Scores]], classes: Sequence[str]) -> Table:
+    by_epoch = all(target.epoch is not None for target, _ in results)
+    columns = [*(["epoch"] if by_epoch else []), "step", "mIoU %"]
+    columns += [*(["without background %"] if _has_background(classes) else []), "classes", "pixel accuracy %", ""]
+    table = Table(*columns, title="all", title_justify="left")
+    best = _best(results)
+    for target, scores in results:
+        row = [*([f"{target.epoch:g}"] if by_epoch else []), str(target.step), _percent(scores.miou)]
+        row += [_percent(scores.miou_without_first)] if _has_background(classes) else []
+        row += [str(scores.classes_counted), _percent(scores.pixel_accuracy), "best" if target is best else ""]
+        table.add_row(*row, style="bold" if target is best else None)
     return table
+
+
+def _best(results: Sequence[tuple[Target, Scores]]) -> Target:
+    """The first of those with the largest mIoU; NaN is none."""
+    return max(results, key=lambda result: -1.0 if math.isnan(result[1].miou) else result[1].miou)[0]
 
 
 def _network_told(network: str) -> str:
     return {"1": "", "2": "; network 2", "both": "; mean of both networks"}[network]
 
 
-def _file_name(target: Target, protocol: Protocol, network: str) -> str:
+def _file_name(which: str, protocol: Protocol, network: str) -> str:
     """`best`, or with what departs from the usual protocol: `best_sliding96_scales0.75-1_flip_network2`."""
     sliding = [f"sliding{protocol.crop[0]}"] if protocol.crop else []
     scales = [] if protocol.scales == (1.0,) else ["scales" + "-".join(f"{scale:g}" for scale in protocol.scales)]
     chosen = [] if network == "1" else [f"network{network}"]
-    return "_".join([target.which, *sliding, *scales, *(["flip"] if protocol.flip else []), *chosen])
+    return "_".join([which, *sliding, *scales, *(["flip"] if protocol.flip else []), *chosen])
 
 
-def _write_scores(
-    run: Path,
-    target: Target,
-    scores: Scores,
-    classes: Sequence[str],
-    protocol: Protocol,
-    config: str | None,
-    network: str,
-) -> None:
-    per_class = {name: None if math.isnan(iou) else iou for name, iou in zip(classes, scores.per_class_iou)}
-    content = {
-        "network": str(target.file),
-        "step": target.step,
-        "epoch": target.epoch,
-        "data_config": config or str(run / "config.json"),
-        "protocol": asdict(protocol) | {"text": protocol.describe() + _network_told(network)},
-        "miou": None if math.isnan(scores.miou) else scores.miou,
-        "classes_counted": scores.classes_counted,
-        "pixel_accuracy": None if math.isnan(scores.pixel_accuracy) else scores.pixel_accuracy,
-        "per_class_iou": per_class,
-    }
-    path = run / "eval" / f"{_file_name(target, protocol, network)}.json"
+def _contents(target: Target, scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
+    """What is written of a checkpoint's scores; null stands for what there is not."""
+    shares = {"miou": scores.miou}
+    if _has_background(classes):
+        shares["miou_without_background"] = scores.miou_without_first
+    shares["pixel_accuracy"] = scores.pixel_accuracy
+    told = {"network": str(target.file), "step": target.step, "epoch": target.epoch}
+    told |= {name: _or_null(share) for name, share in shares.items()} | {"classes_counted": scores.classes_counted}
+    return told | {"per_class_iou": {name: _or_null(iou) for name, iou in zip(classes, scores.per_class_iou)}}
+
+
+def _or_null(share: float) -> float | None:
+    return None if math.isnan(share) else share
+
+
+def _write_summary(stem: Path, results: Sequence[tuple[Target, Scores]], classes: Sequence[str]) -> None:
+    """<stem>.json, the scores of all checkpoints, and <stem>.png, their curve."""
+    lines = [_contents(target, scores, classes) for target, scores in results]
+    _write_json(stem.with_name(f"{stem.name}.json"), {"best_step": _best(results).step, "checkpoints": lines})
+    unit = "epoch" if all(target.epoch is not None for target, _ in results) else "step"
+    numbers = [getattr(target, unit) for target, _ in results]
     try:
-        path.parent.mkdir(exist_ok=True)
+        score_curve(numbers, [scores.miou for _, scores in results], unit, stem.with_name(f"{stem.name}.png"))
+    except OSError as error:
+        raise UserError(f"the curve cannot be written to {stem}.png: {error.strerror}") from None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"scores cannot be written to {path}: {error.strerror}") from None
 
 
 def _write_pictures(folder: Path, samples: Iterable[Sample], source: Source) -> None:
-    """prediction/<name>.png (ids in colour) and side_by_side/<name>.png (image, prediction, label)."""
+    """For every image: prediction/ (in colour), ids/ (grey, a pixel's value its class), side_by_side/ (with label)."""
     try:
-        for kind in ("prediction", "side_by_side"):
+        for kind in ("prediction", "ids", "side_by_side"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
         for sample in samples:
             save_label(sample.prediction, source.palette, folder / "prediction" / f"{sample.name}.png")
+            save_ids(sample.prediction, folder / "ids" / f"{sample.name}.png")
             compare(sample, source.palette).save(folder / "side_by_side" / f"{sample.name}.png")
     except OSError as error:
         raise UserError(f"pictures cannot be written to {folder}: {error.strerror}") from None

@@ -23,6 +23,11 @@ class Scores:
     classes_counted: int
     pixel_accuracy: float
 
+    @property
+    def miou_without_first(self) -> float:
+        """Mean IoU over the classes that occur but for the first one, which may be the background; NaN for none."""
+        return torch.tensor(self.per_class_iou[1:], dtype=torch.float64).nanmean().item()
+
 
 class ConfusionMatrix:
     """Counts pixels by label (row) and prediction (column).

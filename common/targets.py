@@ -30,12 +30,16 @@ def find_run(paper: str, given: Path | None, which: str | None) -> Path:
         UserError: the given folder is no run, or there is no run with a checkpoint.
     """
     if given is None:
-        parents = Path(which).parents if which and Path(which).is_file() else ()
-        inside = [parent for parent in parents if (parent / "config.json").is_file()]
-        return inside[0] if inside else _newest_run(Path("runs", paper))
+        return run_around(which) or _newest_run(Path("runs", paper))
     if not (given / "config.json").is_file():
         raise UserError(f"{given} is not a run folder: it has no config.json")
     return given
+
+
+def run_around(which: str | None) -> Path | None:
+    """The run folder that the weight file `which` lies in; None where it is no file, or lies in no run."""
+    parents = Path(which).parents if which and Path(which).is_file() else ()
+    return next((parent for parent in parents if (parent / "config.json").is_file()), None)
 
 
 def find_targets(run: Path, which: str | None, by_epoch: bool) -> tuple[list[Target], list[str]]:

@@ -17,6 +17,7 @@ from common.errors import UserError
 IGNORE_COLOUR = (255, 255, 255)
 PAGE, INK, FAINT = (240, 240, 243), (30, 30, 35), (115, 115, 125)
 TILE = 256  # width of a picture in a panel, pixels
+LIGHT, DARK = (230, 230, 232), (45, 45, 50)  # of bool maps
 MARGIN, GAP, SWATCH = 20, 8, 14
 # Dark blue over teal to yellow: lightness rises with confidence, also in print and for the colour-blind.
 CONFIDENCE_STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -33,7 +34,8 @@ class Sample:
         label: Class ids [H,W], 255 = ignore; None for an unlabeled image.
         confidence: [H,W] in [0,1].
         pseudo_label: Class ids [H,W], 255 = ignore.
-        maps: What else a paper shows, by the name over its column: class ids [H,W], 255 = ignore.
+        maps: What else a paper shows, by the name over its column: class ids [H,W], 255 = ignore; or bool [H,W], of
+            which True is shown light.
     """
 
     name: str
@@ -59,6 +61,11 @@ def save_label(label: Tensor | np.ndarray, palette: np.ndarray, path: Path) -> N
     picture = Image.fromarray(np.asarray(label).astype(np.uint8)).convert("P")
     picture.putpalette(_with_ignore(palette).tobytes())
     picture.save(path)
+
+
+def save_ids(label: Tensor | np.ndarray, path: Path) -> None:
+    """Write class ids [H,W] as a grey PNG, a pixel's value the id."""
+    Image.fromarray(np.asarray(label).astype(np.uint8)).save(path)
 
 
 def side_by_side(pictures: Sequence[np.ndarray], gap: int = 15) -> Image.Image:
@@ -136,32 +143,57 @@ def curve(metrics_file: Path, out: Path) -> None:
     Raises:
         UserError: no such log.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        print("no curve drawn: matplotlib is missing (pip install matplotlib)")
-        return
     lines = _read_lines(metrics_file)
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = _figure()
+    if figure is None:
+        return
     losses, scores = figure.subplots(2, 1, sharex=True)
     for name in sorted({name for line in lines for name in line if "loss" in name}):
         steps, values = _series(lines, name)
         losses.plot(steps, values, label=name, linewidth=1.8 if name == "loss" else 1.0)
-    steps, values = _series(lines, "valid/miou")
-    scores.plot(steps, [100 * value for value in values], marker="o", markersize=3, color="tab:green")
-    if values:
-        best = max(range(len(values)), key=values.__getitem__)
-        where, offset = (steps[best], 100 * values[best]), (0, 6)
-        scores.annotate(f"{where[1]:.2f}", where, offset, textcoords="offset points", ha="center")
-        scores.margins(y=0.15)
+    _plot_scores(scores, *_series(lines, "valid/miou"), "step")
     if losses.lines:
         losses.legend(frameon=False)
     losses.set_ylabel("loss")
-    scores.set_ylabel("mIoU of the validation images (%)")
-    scores.set_xlabel("step")
-    scores.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (losses, scores):
+    _save_figure(figure, out)
+
+
+def score_curve(numbers: Sequence[float], miou: Sequence[float], unit: str, out: Path) -> None:
+    """Draw the mIoU (a share; NaN is left out) of evaluated checkpoints against their epoch or step (`unit`).
+
+    Without matplotlib one line says how to get it, and nothing is written.
+    """
+    figure = _figure()
+    if figure is None:
+        return
+    points = [(number, value) for number, value in zip(numbers, miou) if math.isfinite(value)]
+    _plot_scores(figure.subplots(), [number for number, _ in points], [value for _, value in points], unit)
+    _save_figure(figure, out)
+
+
+def _figure():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no curve drawn: matplotlib is missing (pip install matplotlib)")
+        return None
+    return Figure(figsize=(8, 6), layout="constrained")
+
+
+def _plot_scores(axes, numbers: Sequence[float], miou: Sequence[float], unit: str) -> None:
+    axes.plot(numbers, [100 * value for value in miou], marker="o", markersize=3, color="tab:green")
+    if miou:
+        best = max(range(len(miou)), key=miou.__getitem__)
+        where, offset = (numbers[best], 100 * miou[best]), (0, 6)
+        axes.annotate(f"{where[1]:.2f}", where, offset, textcoords="offset points", ha="center")
+        axes.margins(y=0.15)
+    axes.set_ylabel("mIoU of the validation images (%)")
+    axes.set_xlabel(unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _save_figure(figure, out: Path) -> None:
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=120)
@@ -195,7 +227,11 @@ def _tile(sample: Sample, column: str, palette: np.ndarray, size: tuple[int, int
         return None
     if column == "image":
         return Image.fromarray(_image(content)).resize(size, Image.Resampling.LANCZOS)
-    colours = _confidence_colours(np.asarray(content)) if column == "confidence" else colourise(content, palette)
+    content = np.asarray(content)
+    if content.dtype == bool:
+        colours = np.where(content[..., None], LIGHT, DARK).astype(np.uint8)
+    else:
+        colours = _confidence_colours(content) if column == "confidence" else colourise(content, palette)
     return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
 
 
@@ -216,7 +252,7 @@ def _confidence_key(page: Image.Image, draw: ImageDraw.ImageDraw, left: int, y: 
 
 def _legend(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str]) -> list[tuple[str, tuple]]:
     maps = [m for s in samples for m in (s.label, s.prediction, s.pseudo_label, *s.maps.values()) if m is not None]
-    present = np.unique(np.concatenate([np.unique(np.asarray(m)) for m in maps]))
+    present = np.unique(np.concatenate([np.unique(m) for m in map(np.asarray, maps) if m.dtype != bool]))
     colours = _with_ignore(palette)
     names = dict(enumerate(classes)) | {IGNORE: "ignore"}
     return [(names[index], tuple(colours[index].tolist())) for index in present.tolist()]
