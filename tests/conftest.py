@@ -34,6 +34,7 @@ SCRIPTS = {
     "cac_cps/train.py": Small(CAC),
     "cac_cps/train_semiseg.py": Small(CAC),
     "cac_cps/train_semiseg_cutmix.py": Small(CAC),
+    "cpcl/train.py": Small(),
     "css/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     "prcl/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     "supervised/train.py": Small(),
@@ -93,6 +94,7 @@ def tiny(shapes_root, tmp_path):
             "run.steps": 6,
             "run.eval_every": 3,
             "run.save_every": 2,
+            "run.snapshot_from": "null",
             "run.log_every": 1,
             "run.threads": 1,
         }

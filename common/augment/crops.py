@@ -25,17 +25,19 @@ class ScaleChoiceCrop:
     Attributes:
         crop_size: Height and width of the result, pixels.
         scales: The scales, each as likely.
+        beyond: Pixels that a crop may reach beyond the end of a side that is longer.
     """
 
     crop_size: tuple[int, int]
     scales: tuple[float, ...]
+    beyond: int = 0
 
     def __call__(self, image: Tensor, label: Tensor | None, rng: Generator) -> tuple[Tensor, Tensor | None]:
         image, label = mirror(image, label, rng.random() >= 0.5)
         scale = float(rng.choice(self.scales))
         height, width = (max(1, int(side * scale)) for side in image.shape[-2:])
         sides = tuple(zip((height, width), self.crop_size))
-        top, left = (draw_start(rng, side, crop) if side > crop else 0 for side, crop in sides)
+        top, left = (draw_start(rng, side + self.beyond, crop) if side > crop else 0 for side, crop in sides)
         above, before = (max(0, crop - side) // 2 for side, crop in sides)
         resized = functional.resize(image, [height, width], InterpolationMode.BILINEAR, antialias=False)
         image = cut(resized, [(top - above, left - before)], self.crop_size)[0]

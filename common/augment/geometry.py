@@ -118,10 +118,10 @@ def nearest_crop(values: Tensor, geometry: Geometry, crop_size: Sequence[int], f
     """
     nearest = []
     for dim, side, start, crop in _axes(geometry, crop_size):
-        wanted = torch.arange(start, start + min(side, crop), device=values.device)
+        wanted = torch.arange(start, min(start + crop, side), device=values.device)
         nearest.append((2 * wanted + 1) * values.shape[dim] // (2 * side))
     values = _pick(values, *nearest)
-    below, right = (max(crop - side, 0) for _, side, _, crop in _axes(geometry, crop_size))
+    below, right = (crop - picked for picked, crop in zip(values.shape[-2:], crop_size))
     return torch.nn.functional.pad(values, (0, right, 0, below), value=fill) if below or right else values
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from common.config import ModelConfig
 from common.models.deeplab import RATES
-from common.models.weights import PRCL_CSS, deeplab_from_prcl_css, load_state
+from common.models.two_networks import TwoNetworks
+from common.models.weights import PRCL_CSS, deeplab_from_cps, deeplab_from_prcl_css, load_state
 
 # What the segmentation networks of PRCL and CSS have besides ours: name -> shape of its 304 -> 256 -> 256 head.
 REPRESENTATION = {
@@ -167,3 +168,18 @@ class Caught(dict):
         super().__init__()
         for name, module in modules.items():
             module.register_forward_hook(lambda _, __, output, name=name: self.update({name: output}))
+
+
+def upsampled(network: nn.Module, image: Tensor) -> Tensor:
+    logits = network(image)
+    return nn.functional.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=network.align_corners)
+
+
+def two_branches(network: TwoNetworks, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """The official key list of both networks."""
+    return official_keys(network.first, names, "branch1.") | official_keys(network.second, names, "branch2.")
+
+
+def load_branches(network: TwoNetworks, state: dict[str, Tensor], path: Path) -> None:
+    for number, one in ((1, network.first), (2, network.second)):
+        load_state(one, deeplab_from_cps(state, number), path.name, f"network {number}")

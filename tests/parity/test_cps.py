@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checks import Golden, check_crop, close, close_gradient, read
-from networks import Caught, draw_input, fill_small, official_keys, read_keys
+from networks import Caught, draw_input, fill_small, load_branches, read_keys, two_branches, upsampled
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -28,7 +28,7 @@ from common.inference import Protocol, sum_logits
 from common.losses import cross_entropy, ohem_cross_entropy
 from common.metrics import ConfusionMatrix
 from common.models.two_networks import TwoNetworks
-from common.models.weights import CPS, CPS_IN_CAC, deeplab_from_cps, load_state
+from common.models.weights import CPS, CPS_IN_CAC
 from common.schedules import poly
 
 
@@ -232,24 +232,9 @@ def check_fork_network(path: Path) -> None:
     close(logits.double().sum((2, 3)), g["logits_sum"], rtol=1e-4, atol=2e-6 * logits[0, 0].numel())
 
 
-def upsampled(network: nn.Module, image: Tensor) -> Tensor:
-    logits = network(image)
-    return nn.functional.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=network.align_corners)
-
-
 def model_of(path: Path, num_classes: int, head: str) -> ModelConfig:
     backbone = "resnet101" if "101" in path.name else "resnet50"
     return ModelConfig(num_classes, backbone, "deep" if head == "cps" else "plain", head, pretrained=False)
-
-
-def two_branches(network: TwoNetworks, names: dict[str, str]) -> dict[str, tuple[int, ...]]:
-    """The official key list of both networks."""
-    return official_keys(network.first, names, "branch1.") | official_keys(network.second, names, "branch2.")
-
-
-def load_branches(network: TwoNetworks, state: dict[str, Tensor], path: Path) -> None:
-    for number, one in ((1, network.first), (2, network.second)):
-        load_state(one, deeplab_from_cps(state, number), path.name, f"network {number}")
 
 
 def check_key_list(path: Path) -> None:

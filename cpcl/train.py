@@ -1,0 +1,239 @@
+"""CPCL: Conservative-Progressive Collaborative Learning for Semi-Supervised Semantic Segmentation (Fan et al., 2023).
+
+    accelerate launch cpcl/train.py --config cpcl/configs/voc_resnet50_1over8.json
+    accelerate launch cpcl/train.py --config cpcl/configs/demo.json     # built-in data, minutes on a CPU
+
+Two networks label a mixture of two unlabeled images. One learns from what both say, the other one from what either
+says, both by how confident that was. See cpcl/README.md for every departure from the released code and hardware.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from common.augment import ScaleChoiceCrop, mix, normalize, toggled_masks
+from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
+from common.datasets.loaders import Batch, StepBatches, TrainingImages, open_data
+from common.errors import UserError, told
+from common.evaluation import evaluate, save_panel
+from common.inference import Protocol, sum_logits
+from common.losses import cross_entropy, ohem_cross_entropy, upsample
+from common.models.two_networks import TwoNetworks
+from common.optim import build_optimizer
+from common.run import Run
+from common.schedules import poly, set_lr
+from common.seeding import generators
+from cpcl.losses import Prediction, count_pairs, disagreement, intersect, predict_pixels, reweighted_loss, unite
+
+BEYOND = 1  # pixels that a crop may reach beyond its image, as released
+
+
+@dataclass
+class Method:
+    """CPCL's hyper-parameters; those of the released config.py carry its names.
+
+    Args:
+        unsup_weight: Weight of what is learned from unlabeled images.
+        train_scale_array: The random scales of all images, each as likely.
+        cutmix_mask_prop_range: Share of a mixture's area that its boxes have together, were they not to overlap.
+        cutmix_boxmask_n_boxes: Boxes of a mixture.
+        ohem: Mine hard pixels in the labeled loss.
+        ohem_threshold: Probability up to which a labeled pixel is hard.
+        ohem_min_kept: Pixels a labeled image that are taken at least.
+        ohem_class_weight: Weight of each class in the mined loss; empty for none.
+    """
+
+    unsup_weight: NonNegativeFloat = 1.0
+    train_scale_array: tuple[PositiveFloat, ...] = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
+    cutmix_mask_prop_range: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.25, 0.5)
+    cutmix_boxmask_n_boxes: PositiveInt = 3
+    ohem: bool = False
+    ohem_threshold: ClosedUnitInterval = 0.7
+    ohem_min_kept: PositiveInt = 50_000
+    ohem_class_weight: tuple[PositiveFloat, ...] = ()
+
+
+@dataclass
+class Config:
+    data: DataConfig
+    model: ModelConfig
+    optim: OptimConfig
+    method: Method
+    run: RunConfig
+
+
+def check_method(config: Config) -> None:
+    """Make sure before training that the method's values fit each other and the classes.
+
+    Raises:
+        UserError: naming the key.
+    """
+    method, classes = config.method, config.model.num_classes
+    if not method.train_scale_array:
+        raise UserError("method.train_scale_array is empty; give one scale or more")
+    low, high = method.cutmix_mask_prop_range
+    if not 0 < low <= high:
+        raise UserError(f"method.cutmix_mask_prop_range is [{low}, {high}]; both are above 0, the smaller one first")
+    if method.ohem_class_weight and len(method.ohem_class_weight) != classes:
+        raise UserError(f"method.ohem_class_weight has {len(method.ohem_class_weight)} values for {classes} classes")
+    if method.ohem_class_weight and not method.ohem:
+        raise UserError("method.ohem_class_weight is of the mined loss: set method.ohem, or leave it out")
+
+
+def make_optimizer(optim: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """One optimizer for both networks, with weight decay for the weights of convolutions alone."""
+    decayed = [parameter for parameter in network.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in network.parameters() if parameter.dim() <= 1]
+    return build_optimizer(optim, [{"params": decayed}, {"params": others, "weight_decay": 0.0}])
+
+
+def steps_per_epoch(labeled: int, unlabeled: int, batch_size: int) -> int:
+    """The paper's rule: as many whole batches as the longer list has."""
+    return max(1, max(labeled, unlabeled) // batch_size)
+
+
+def protocol_of(config: Config) -> Protocol:
+    """A sliding window of the crop's size."""
+    return Protocol(crop=tuple(config.data.crop_size))
+
+
+def box_masks(positions: Sequence[int], config: Config, run: Run) -> Tensor:
+    """The mask of each mixture, bool [B,H,W], from its image's position in the first stream."""
+    method = config.method
+    rngs = generators(config.run.seed, "boxes", positions)
+    boxes = (method.cutmix_mask_prop_range, method.cutmix_boxmask_n_boxes)
+    return toggled_masks(rngs, config.data.crop_size, run.device, *boxes)
+
+
+@torch.no_grad()
+def predict_mixture(network: nn.Module, images: tuple[Tensor, Tensor], mask: Tensor, run: Run) -> Prediction:
+    """What a network says of the mixture, put together from what it says of both images: as mixing logits would.
+
+    The network is in training mode, and its batch norm takes in both batches, one after the other.
+
+    Args:
+        network: Network 1 or 2.
+        images: Normalised [B,3,H,W] of either stream.
+        mask: Bool [B,H,W], True where the mixture is of the second stream.
+    """
+    predictions = []
+    for image in images:
+        with run.autocast():
+            logits = network(image)
+        predictions.append(predict_pixels(upsample(logits, image.shape[-2:], network.align_corners)))
+    first, second = predictions
+    return Prediction(mix(second.label, first.label, mask), mix(second.confidence, first.confidence, mask))
+
+
+def labeled_loss(logits: Tensor, label: Tensor, method: Method, class_weight: Tensor | None) -> Tensor:
+    """Cross-entropy [] of a network's logits [B,C,H,W] for labeled images, hard pixels mined where the config says."""
+    if not method.ohem:
+        return cross_entropy(logits, label)
+    return ohem_cross_entropy(logits, label, method.ohem_threshold, method.ohem_min_kept * len(label), class_weight)
+
+
+@torch.no_grad()
+def shown_labels(network: TwoNetworks, protocol: Protocol, image: Tensor) -> Mapping[str, Tensor]:
+    """What the networks would teach each other of an image uint8 [1,3,H,W], each [1,H,W]: for pictures.
+
+    The disagreement indicator is that of the image alone, where training has that of a batch.
+    """
+    first, second = (
+        predict_pixels(torch.div(*sum_logits(one, image, tuple(image.shape[-2:]), protocol)))
+        for one in (network.first, network.second)
+    )
+    num_classes = network.first.classifier.out_channels
+    indicator = disagreement(count_pairs(first.label, second.label, num_classes))
+    return {
+        "agreement": first.label == second.label,
+        "intersection": intersect(first, second).label,
+        "union": unite(first, second, indicator).label,
+    }
+
+
+@told
+def main(argv: list[str] | None = None) -> None:
+    config = parse(Config, "cpcl", argv)
+    with Run(config, "cpcl/train.py") as run:
+        train(config, run)
+
+
+def train(config: Config, run: Run) -> None:
+    optim, method = config.optim, config.method
+    check_method(config)
+
+    source, split = open_data(config, run.accelerator)
+    run.set_length(steps_per_epoch(len(split.labeled), len(split.unlabeled), optim.batch_size))
+    crop, seed = ScaleChoiceCrop(config.data.crop_size, method.train_scale_array, BEYOND), config.run.seed
+    labeled_images = TrainingImages(source, split.labeled, crop, seed, "labeled", with_label=True)
+    # Two streams of the same images, drawn independently.
+    unlabeled_images = [
+        TrainingImages(source, split.unlabeled, crop, seed, stream, with_label=False)
+        for stream in ("unlabeled", "unlabeled, second")
+    ]
+
+    network = TwoNetworks(config.model)
+    wrapped, optimizer = run.prepare(network, make_optimizer(optim, network))
+    class_weight = torch.tensor(method.ohem_class_weight, device=run.device) if method.ohem_class_weight else None
+
+    run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
+    labeled_batches, *unlabeled_batches = (StepBatches(images, run) for images in (labeled_images, *unlabeled_images))
+
+    for step in run.steps():
+        set_lr(optimizer, poly(step, run.total, optim.poly_power))
+        for _ in run.passes(wrapped):
+            with record_function("data"):
+                labeled: Batch = next(labeled_batches)
+                unlabeled: list[Batch] = [next(batches) for batches in unlabeled_batches]
+            with record_function("augmentation"):
+                images = tuple(normalize(batch.image) for batch in unlabeled)
+                mask = box_masks(unlabeled[0].positions, config, run)
+                mixed = mix(images[1], images[0], mask)
+            with record_function("teacher"):
+                first, second = (predict_mixture(one, images, mask, run) for one in (network.first, network.second))
+            with record_function("student"):
+                output = wrapped(normalize(labeled.image), mixed)
+            with record_function("losses"):
+                reduce = partial(run.accelerator.reduce, reduction="sum")
+                counts = count_pairs(first.label, second.label, config.model.num_classes, reduce)
+                size, corners = labeled.label.shape[-2:], network.first.align_corners
+                logits = {name: upsample(each, size, corners) for name, each in output.items()}
+                supervised1 = labeled_loss(logits["labeled1"], labeled.label, method, class_weight)
+                supervised2 = labeled_loss(logits["labeled2"], labeled.label, method, class_weight)
+                intersection = reweighted_loss(logits["unlabeled1"], intersect(first, second))
+                union = reweighted_loss(logits["unlabeled2"], unite(first, second, disagreement(counts)))
+                loss = supervised1 + supervised2 + method.unsup_weight * (intersection + union)
+            with record_function("backward"):
+                run.backward(loss)
+        with record_function("optimizer"):
+            losses = {"loss": loss, "loss_supervised1": supervised1, "loss_supervised2": supervised2}
+            losses |= {"loss_intersection": intersection, "loss_union": union}
+            stepped = run.step_optimizer(optimizer, losses)
+        with record_function("teacher update"):  # the teachers are the networks themselves
+            if stepped:
+                run.share_statistics(network)
+
+        values = losses | {
+            "agreement": counts.diagonal().sum() / counts.sum(),
+            "confidence": (first.confidence + second.confidence).mean() / 2,
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+        run.finish_step(values, images=3 * optim.batch_size)
+        if run.evaluates:
+            classes, workers, protocol = config.model.num_classes, config.data.workers, protocol_of(config)
+            run.report(
+                evaluate(network.first, source, split.valid, classes, run.accelerator, protocol, workers=workers)
+            )
+            maps = partial(shown_labels, network, protocol)
+            save_panel(network.first, source, split, run, maps=maps, protocol=protocol)
+        run.save()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
