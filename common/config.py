@@ -273,10 +273,9 @@ def _let_the_command_line_win(config: Any, given: set[str]) -> None:
         config.run.epochs = None
     elif length == {"--run.epochs"}:
         config.run.steps = None
-    lists = given & {"--data.split", "--data.labeled_list"}
-    if lists == {"--data.split"}:
+    if "--data.split" in given and not given & {"--data.labeled_list", "--data.unlabeled_list"}:
         config.data.labeled_list = config.data.unlabeled_list = None
-    elif lists == {"--data.labeled_list"}:
+    elif "--data.labeled_list" in given and "--data.split" not in given:
         config.data.split = None
 
 

@@ -59,7 +59,8 @@ def main_eval(
     args = _parser(paper, second is not None).parse_args(argv)
     run, config_file = _find_config(paper, args)
     config = load_config(config_class, config_file)
-    protocol = _protocol(args, protocol_of(config) if protocol_of else Protocol())
+    usual = protocol_of(config) if protocol_of else Protocol()
+    protocol = _protocol(args, usual)
     accelerator = _accelerator(args.devices, config.run.precision, argv)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     # A training may write checkpoints at this moment: all processes go by what one has seen.
@@ -95,7 +96,7 @@ def main_eval(
         scores = evaluate(network, source, names, len(classes), accelerator, protocol, workers=workers, bar=True)
         results.append((target, scores))
         console.print(_class_table(target, scores, classes, protocol, args.network))
-        name = _file_name(target.which, protocol, args.network)
+        name = _file_name(target.which, protocol, usual, args.network)
         if accelerator.is_main_process:
             told = _contents(target, scores, classes) | {"data_config": args.config or str(config_file)}
             told["protocol"] = asdict(protocol) | {"text": protocol.describe() + _network_told(args.network)}
@@ -107,7 +108,7 @@ def main_eval(
     if len(targets) > 1:
         console.print(_summary(results, source.classes))
         if accelerator.is_main_process:
-            name = _file_name(args.which.replace(":", "_"), protocol, args.network)
+            name = _file_name(args.which.replace(":", "_"), protocol, usual, args.network)
             _write_summary(run / "eval" / name, results, source.classes)
     console.print(f"written to {run / 'eval'}")
     accelerator.end_training()
@@ -332,9 +333,10 @@ def _network_told(network: str) -> str:
     return {"1": "", "2": "; network 2", "both": "; mean of both networks"}[network]
 
 
-def _file_name(which: str, protocol: Protocol, network: str) -> str:
-    """`best`, or with what departs from the usual protocol: `best_sliding96_scales0.75-1_flip_network2`."""
-    sliding = [f"sliding{protocol.crop[0]}"] if protocol.crop else []
+def _file_name(which: str, protocol: Protocol, usual: Protocol, network: str) -> str:
+    """`best`, or with what departs from the paper's protocol: `best_sliding96_scales0.75-1_flip_network2`."""
+    window = f"sliding{protocol.crop[0]}" if protocol.crop else "whole"
+    sliding = [] if protocol.crop == usual.crop else [window]
     scales = [] if protocol.scales == (1.0,) else ["scales" + "-".join(f"{scale:g}" for scale in protocol.scales)]
     chosen = [] if network == "1" else [f"network{network}"]
     return "_".join([which, *sliding, *scales, *(["flip"] if protocol.flip else []), *chosen])

@@ -43,7 +43,7 @@ COMMANDS = commands()
 def project(tmp_path_factory) -> Path:
     """The project with small data where the commands look for it, and a short run to evaluate."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("cac_cps", "css", "prcl", "supervised", "splits", "benchmarks", "common"):
+    for name in ("cac_cps", "cpcl", "css", "prcl", "supervised", "splits", "benchmarks", "common"):
         (folder / name).symlink_to(ROOT / name)
     make_shapes(folder / "data" / "shapes", "voc", train=40, val=4, size=(48, 64))
     make_shapes(folder / "data" / "VOCdevkit" / "VOC2012", "voc", train=700, val=4, size=(32, 32))
@@ -51,6 +51,7 @@ def project(tmp_path_factory) -> Path:
     (folder / "splits").unlink()
     shutil.copytree(ROOT / "splits", folder / "splits")
     write_cac_lists(folder)
+    write_cps_lists(folder / "data")
     return folder
 
 
@@ -92,7 +93,10 @@ def shortened(arguments: list[str]) -> list[str]:
 def make_split_for(arguments: list[str], folder: Path, monkeypatch) -> None:
     """Make the split that a paper's config on real data names, with the command that its absence would name."""
     data = json.loads((ROOT / arguments[arguments.index("--config") + 1]).read_text())["data"]
-    split = Path(arguments[arguments.index("--data.split") + 1] if "--data.split" in arguments else data["split"])
+    named = arguments[arguments.index("--data.split") + 1] if "--data.split" in arguments else data.get("split")
+    if named is None:
+        return  # lists
+    split = Path(named)
     if data["dataset"] != "shapes" and split.parts[-2].isdigit() and not (folder / split).exists():
         flags = f"--data-root {data['root']} --labels {split.parts[-2]} --seed {split.name} --out {split.parents[1]}"
         run_here(shlex.split(f"splits/make.py --dataset {data['dataset']} {flags}"), folder, monkeypatch)
@@ -115,11 +119,41 @@ def write_cac_lists(folder: Path) -> None:
                 (lists / f"{name}.txt").write_text("\n".join(lines) + "\n")
 
 
+def write_cps_lists(data: Path) -> None:
+    """The trees of CPCL's configs, with lists as CPS published them, for the small data."""
+    (data / "pascal_voc").symlink_to(data / "VOCdevkit" / "VOC2012")
+    (data / "city").symlink_to(data / "cityscapes")
+    for root, folder, source in (
+        ("pascal_voc", "subset_train_aug", VOC(data / "pascal_voc")),
+        ("city", "config_new/subset_train", Cityscapes(data / "city")),
+    ):
+        train = source.names("train")
+        lines = (
+            train if root == "pascal_voc" else [f"/images/train/{n}.png\t/segmentation/train/{n}.png" for n in train]
+        )
+        lists = data / root / folder
+        lists.mkdir(parents=True)
+        for name, chosen in (("train_aug_labeled_1-8", lines[:6]), ("train_aug_unlabeled_1-8", lines[6:])):
+            (lists / f"{name}.txt").write_text("\n".join(chosen) + "\n")
+
+
 def make_run_for(command: str, folder: Path, monkeypatch) -> None:
     paper = command.split("/")[0]
     run = folder / "runs" / paper / "demo"
     if "eval.py" in command and not run.exists():
         length = ["--run.steps", "4", "--run.snapshot_every", "2"]
+        if paper == "cpcl":  # its evaluations name epochs: 30 and 60 are kept
+            length = [
+                "--run.steps",
+                "null",
+                "--run.epochs",
+                "61",
+                "--run.steps_per_epoch",
+                "1",
+                "--run.eval_every",
+                "61",
+            ]
+            length += ["--run.snapshot_every", "30", "--run.snapshot_from", "31"]
         script = "train_semiseg.py" if paper == "cac_cps" else "train.py"
         arguments = shortened([f"{paper}/{script}", "--config", f"{paper}/configs/demo.json"]) + length
         run_here(arguments, folder, monkeypatch)
