@@ -1,8 +1,10 @@
 """Scores against a loop over images, on one and two processes; checkpoints and devices of the command line."""
 
+import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -291,6 +293,24 @@ def test_command_line_prints_and_writes_scores_and_pictures(run, data, capsys):
     pictures = run / "eval" / "pictures" / "step_00000040"
     assert sorted(path.stem for path in (pictures / "prediction").iterdir()) == sorted(SIZES)
     assert Image.open(pictures / "side_by_side" / "b.png").size == (3 * 18 + 30, 24)
+
+
+def test_a_checkpoint_that_is_pruned_meanwhile_is_left_out_of_a_range(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "run", symlinks=True)
+    checkpoints.write(tmp_path / "run" / "checkpoints", {"step": 30, "epoch": 3.0}, weights(run, 20))
+
+    def evaluate_and_prune(*arguments, **named):
+        shutil.rmtree(checkpoints.step_folder(tmp_path / "run" / "checkpoints", 30), ignore_errors=True)
+        return evaluate(*arguments, **named)
+
+    monkeypatch.setattr("common.eval_cli.evaluate", evaluate_and_prune)
+    main_eval("toy", Config, [str(tmp_path / "run"), "-e", "0-9", "-d", "cpu"])
+    assert "note: left out" in capsys.readouterr().out
+    content = json.loads((tmp_path / "run" / "eval" / "0-9.json").read_text())
+    assert [line["step"] for line in content["checkpoints"]] == [20, 40]
+    assert content["best_step"] in (20, 40)
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "run" / "eval" / "0-9.png").exists()
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:

@@ -8,7 +8,8 @@ from PIL import Image
 
 from common.config import DataConfig
 from common.datasets import open_source
-from common.datasets.shapes import make_shapes
+from common.datasets.cityscapes import Cityscapes
+from common.datasets.shapes import CLASSES, make_shapes
 from common.datasets.splits import (
     Split,
     candidates,
@@ -17,6 +18,7 @@ from common.datasets.splits import (
     choose_random,
     complete,
     read_split,
+    split_of,
     write_split,
 )
 from common.datasets.voc import VOC
@@ -263,3 +265,36 @@ def test_real_splits_partition_the_data(request):
             assert len(split.labeled) == labels
             assert sorted(split.labeled + split.unlabeled) == source.names("train")
             assert split.valid == source.names("val")
+
+
+# ---- lists that a config names ----
+
+
+def test_lists_of_ids_and_the_datasets_own_validation_images(tmp_path):
+    make_shapes(tmp_path, "voc", train=6, val=3, size=(24, 32))
+    source = VOC(tmp_path, CLASSES)
+    names = source.names("train")
+    (tmp_path / "some.txt").write_bytes(f"{names[2]}\r\n{names[0]}\r\n".encode())
+    (tmp_path / "all.txt").write_text("\n".join(names))
+    data = DataConfig("voc", str(tmp_path), labeled_list=str(tmp_path / "some.txt"))
+    split = split_of(data, source)
+    assert (split.labeled, split.valid) == ([names[2], names[0]], source.names("val"))
+    assert split.unlabeled == [names[1], *names[3:]]
+    data.unlabeled_list = str(tmp_path / "all.txt")
+    with pytest.raises(UserError, match="2 images are both labeled and unlabeled"):
+        split_of(data, source)
+    data.allow_overlap = True
+    assert split_of(data, source).unlabeled == names
+
+
+def test_lists_of_paths_name_the_images_of_any_tree(tmp_path):
+    make_shapes(tmp_path, "cityscapes", train=4, val=2, size=(24, 32))
+    source = Cityscapes(tmp_path)
+    names = source.names("train")
+    stems = [name.removesuffix("_leftImg8bit") for name in names]
+    lines = [f"/images/train/{stem}.png\t/segmentation/train/{stem}_gtFine.png" for stem in stems[:2]]
+    (tmp_path / "cps.txt").write_text("\n".join(lines))
+    (tmp_path / "others.txt").write_text("".join(f"leftImg8bit/train/{name}.png\n" for name in names[2:]))
+    lists = {"labeled_list": str(tmp_path / "cps.txt"), "unlabeled_list": str(tmp_path / "others.txt")}
+    split = split_of(DataConfig("cityscapes", str(tmp_path), **lists), source)
+    assert (split.labeled, split.unlabeled) == (names[:2], names[2:])

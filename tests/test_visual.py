@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from common.visual import Sample, colourise, compare, curve, panel, save_label, side_by_side
+from common.visual import DARK, LIGHT, Sample, colourise, compare, curve, panel, save_label, side_by_side
 
 PALETTE = np.random.default_rng(0).integers(0, 200, (256, 3)).astype(np.uint8)
 CLASSES = ("background", "disc", "ring")
@@ -54,6 +54,17 @@ def test_compare_hides_predictions_on_ignored_pixels():
     assert picture.shape == (20, 120, 3)
     assert (prediction[:4] == 255).all() and np.array_equal(prediction[10, 10], PALETTE[2])
     assert np.asarray(compare(sample(label=None), PALETTE)).shape == (20, 75, 3)
+
+
+def test_panel_shows_what_is_true_light_and_leaves_it_out_of_the_legend():
+    agreed = torch.zeros(20, 30, dtype=torch.bool)
+    agreed[:, :15] = True
+    with_map, without = (panel([sample(maps=maps)], PALETTE, CLASSES, "t") for maps in ({"agreement": agreed}, {}))
+    tile = np.asarray(with_map)[:, -20 - 256 : -20]
+    height = round(256 * 20 / 30)
+    rows = tile[:, [10, 245]][len(tile) - without.height :]
+    assert (rows == LIGHT).all(2)[:, 0].sum() >= height - 1 and (rows == DARK).all(2)[:, 1].sum() >= height - 1
+    assert with_map.height == without.height
 
 
 def test_panel_shows_the_maps_of_a_paper_where_a_sample_has_them():
