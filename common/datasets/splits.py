@@ -53,7 +53,8 @@ def split_of(data: DataConfig, source: Source, allow_overlap: bool | None = None
             raise UserError("data.unlabeled_list goes with data.labeled_list, not with data.split")
         return read_split(data.split, allow_overlap, data.dataset, data.root)
     paths = {"labeled": Path(data.labeled_list).expanduser()}
-    split = complete(source, _read_ids(paths["labeled"], source))
+    labeled = _read_ids(paths["labeled"], source)
+    split = replace(complete(source, labeled), labeled=labeled)
     if data.unlabeled_list is not None:
         paths["unlabeled"] = Path(data.unlabeled_list).expanduser()
         split = replace(split, unlabeled=_read_ids(paths["unlabeled"], source))
