@@ -20,7 +20,7 @@ from common.augment import ScaleChoiceCrop, mix, normalize, toggled_masks
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
 from common.datasets.loaders import Batch, StepBatches, TrainingImages, open_data
 from common.errors import UserError, told
-from common.evaluation import evaluate, save_panel
+from common.evaluation import evaluate_run, save_panel
 from common.inference import Protocol, sum_logits
 from common.losses import cross_entropy, ohem_cross_entropy, upsample
 from common.models.two_networks import TwoNetworks
@@ -182,6 +182,16 @@ def train(config: Config, run: Run) -> None:
     class_weight = torch.tensor(method.ohem_class_weight, device=run.device) if method.ohem_class_weight else None
 
     run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
+
+    def score() -> None:
+        protocol = protocol_of(config)
+        run.report(evaluate_run(network.first, source, split, run, protocol))
+        maps = partial(shown_labels, network, protocol)
+        save_panel(network.first, source, split, run, maps=maps, protocol=protocol)
+
+    if run.evaluates:  # what a stop had cut short
+        score()
+        run.save()
     labeled_batches, *unlabeled_batches = (StepBatches(images, run) for images in (labeled_images, *unlabeled_images))
 
     for step in run.steps():
@@ -225,12 +235,7 @@ def train(config: Config, run: Run) -> None:
         }
         run.finish_step(values, images=3 * optim.batch_size)
         if run.evaluates:
-            classes, workers, protocol = config.model.num_classes, config.data.workers, protocol_of(config)
-            run.report(
-                evaluate(network.first, source, split.valid, classes, run.accelerator, protocol, workers=workers)
-            )
-            maps = partial(shown_labels, network, protocol)
-            save_panel(network.first, source, split, run, maps=maps, protocol=protocol)
+            score()
         run.save()
     run.finish()
 
