@@ -158,7 +158,7 @@ def shown_labels(network: TwoNetworks, protocol: Protocol, image: Tensor) -> Map
 
 @told
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "cpcl", argv)
+    config = parse(Config, "cpcl/train.py", argv)
     with Run(config, "cpcl/train.py") as run:
         train(config, run)
 

@@ -45,9 +45,9 @@ def test_steps_on_the_command_line_replace_epochs(write):
 def test_a_split_on_the_command_line_replaces_lists_and_lists_a_split(write):
     lists = {"split": None, "labeled_list": "a.txt", "unlabeled_list": "b.txt"}
     path = write(VALID | {"data": VALID["data"] | lists})
-    data = parse(Config, "prcl", ["--config", path, "--data.split", "s"]).data
+    data = parse(Config, "prcl/train.py", ["--config", path, "--data.split", "s"]).data
     assert (data.split, data.labeled_list, data.unlabeled_list, data.lists) == ("s", None, None, "s")
-    data = parse(Config, "prcl", ["--config", write(VALID), "--data.labeled_list", "a.txt"]).data
+    data = parse(Config, "prcl/train.py", ["--config", write(VALID), "--data.labeled_list", "a.txt"]).data
     assert (data.split, data.labeled_list, data.lists) == (None, "a.txt", "a.txt")
 
 
