@@ -71,11 +71,15 @@ class ModelConfig:
     Args:
         backbone: timm name of a ResNet: resnet18, resnet34, resnet50, resnet101 or resnet152.
         stem: `plain` is the 7x7 convolution, `deep` three 3x3 ones (64, 64, 128 channels).
-        head: What follows the backbone: `short` (PRCL, CSS), `deeplab` (CAC) or `cps` (original CPS, CPCL).
+        head: What follows the backbone: `short` (PRCL, CSS), `deeplab` (CAC), `cps` (original CPS, CPCL), or those of
+            memory bank: `v3` (DeepLabV3+), `v2` (DeepLabV2) or `v2_coco` (the same for weights trained on COCO).
         output_stride: Stride of the last backbone features, 8 or 16.
         channels: Width of ASPP and heads; the papers' is 256.
         rates: Dilations of the ASPP's 3x3 branches; by default those of the output stride.
         align_corners: How features and logits are enlarged; the papers' is true.
+        input_mean: Mean of red, green and blue (0 to 255) that is taken off images, with no deviation to divide by; by
+            default ImageNet's mean and deviation.
+        bgr: With input_mean: the network wants channels in the order blue, green, red.
         pretrained: ImageNet weights of the backbone: false, true or a timm name (downloaded), or a local file.
         num_classes: Number of classes the network predicts.
     """
@@ -83,11 +87,13 @@ class ModelConfig:
     num_classes: PositiveInt
     backbone: str = "resnet101"
     stem: Literal["plain", "deep"] = "plain"
-    head: Literal["short", "deeplab", "cps"] = "short"
+    head: Literal["short", "deeplab", "cps", "v3", "v2", "v2_coco"] = "short"
     output_stride: Literal[8, 16] = 16
     channels: PositiveInt = 256
     rates: Optional[tuple[PositiveInt, PositiveInt, PositiveInt]] = None
     align_corners: bool = True
+    input_mean: Optional[tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat]] = None
+    bgr: bool = False
     pretrained: Union[bool, str] = True
 
 
@@ -358,6 +364,8 @@ def _check_values(config: Any) -> None:
                 raise UserError(f"{key} is {number}; the most is {most}")
         if key.endswith(".scale_range") and value[0] > value[1]:
             raise UserError(f"{key} is [{value[0]}, {value[1]}]; the smaller scale comes first")
+    if config.model.bgr and config.model.input_mean is None:
+        raise UserError("model.bgr goes with model.input_mean, the mean of the images in that order's network")
     if config.run.steps is None and config.run.epochs is None:
         raise UserError("the length of the run is missing: set run.steps or run.epochs")
     if config.run.steps is not None and config.run.epochs is not None:

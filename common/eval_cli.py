@@ -209,7 +209,7 @@ def _read_network(
             raise UserError(f"{file.parent} holds no second network; evaluate it with --network 1")
         return own
     state = read_state(file)
-    is_ours = any(key.startswith("low.") for key in state)
+    is_ours = any(key.startswith(("encoder.conv1.", "low.")) for key in state)
     return state if is_ours or from_published is None else from_published(state, number)
 
 

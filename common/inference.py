@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional
 
 from common.augment import normalize
 from common.errors import UserError
@@ -27,6 +28,7 @@ class Protocol:
         scales: Factors the image is resized by before the network sees it.
         flip: Also predict the mirrored image.
         multiple: A whole image is reflected at its bottom and right until its sides are multiples of so many pixels.
+        reduce: Images are made so many times smaller first, as those the network was trained on.
 
     Raises:
         UserError: a scale or a side of the window is not above 0.
@@ -36,6 +38,7 @@ class Protocol:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     multiple: int = 1
+    reduce: int = 1
 
     def __post_init__(self) -> None:
         if not self.scales or not all(math.isfinite(scale) and scale > 0 for scale in self.scales):
@@ -49,6 +52,7 @@ class Protocol:
         if self.crop is not None:
             strides = [_stride(side) for side in self.crop]
             area = f"sliding window {self.crop[0]}x{self.crop[1]} stride {strides[0]}x{strides[1]}"
+        area += f" at 1/{self.reduce} of its size" if self.reduce > 1 else ""
         scales = ("scale " if len(self.scales) == 1 else "scales ") + " ".join(f"{scale:g}" for scale in self.scales)
         return f"{area}, {scales}, {'flip' if self.flip else 'no flip'}"
 
@@ -98,6 +102,8 @@ def sum_logits(
         borders were resized). Sums are not divided by the overlap of windows before scales are added.
     """
     accumulate = _whole if protocol.crop is None else _slide
+    if protocol.reduce > 1:
+        image = functional.resize(image, [side // protocol.reduce for side in image.shape[-2:]], antialias=True)
     with evaluation_mode(network):
         results = [accumulate(network, _scaled(image, scale), size, protocol) for scale in protocol.scales]
     totals, passes = zip(*results)

@@ -161,16 +161,17 @@ class StepBatches:
         images: The stream's images.
         run: Gives device, processes, accumulation, workers and the step to begin with.
         first_step: The first step that takes a batch, where the stream is not needed before.
+        batch_size: Images of this process in one backward pass; by default as many as labeled ones.
 
     Raises:
         UserError: on reaching an image that cannot be read.
     """
 
-    def __init__(self, images: TrainingImages, run, first_step: int = 0) -> None:
+    def __init__(self, images: TrainingImages, run, first_step: int = 0, batch_size: int | None = None) -> None:
         accumulation = run.config.optim.accumulation
         first_pass = max(run.step, first_step) * accumulation
         sampler = StepSampler(
-            len(images), run.batch_size, run.processes, run.rank, first_pass, images.seed, images.stream
+            len(images), batch_size or run.batch_size, run.processes, run.rank, first_pass, images.seed, images.stream
         )
         workers = run.config.data.workers
         self._run = run

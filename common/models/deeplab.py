@@ -1,16 +1,19 @@
-"""DeepLabV3+ (Chen et al., 2018) as PRCL and CSS have it, and with the longer decoder of CAC, CPS and CPCL."""
+"""DeepLabV3+ (Chen et al., 2018) as PRCL and CSS have it, with the longer decoders of the other papers; DeepLabV2."""
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.augment.photometric import imagenet_statistics
 from common.config import ModelConfig
-from common.models.resnet import build_resnet
-from common.models.weights import load_state, read_backbone
+from common.errors import UserError
+from common.models.resnet import CAFFE_8, MULTI_GRID, UNIFORM_8, UNIFORM_16, Geometry, build_resnet
+from common.models.weights import load_state, read_backbone, split_v2
 
 LOW_CHANNELS = 48
 RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
+RATES_V2 = (6, 12)  # of four: the released networks return before the last two are added
 
 
 class ASPP(nn.Module):
@@ -79,7 +82,7 @@ class DeepLabV3Plus(nn.Module):
         UserError: see `build_resnet`.
     """
 
-    multi_grid = False
+    geometry: Geometry | None = None
     pyramid: type[nn.Module] = ASPP
 
     def __init__(
@@ -95,7 +98,8 @@ class DeepLabV3Plus(nn.Module):
     ) -> None:
         super().__init__()
         self.align_corners = align_corners
-        self.encoder = build_resnet(backbone, stem, output_stride, download, self.multi_grid)
+        self.input = nn.Identity()
+        self.encoder = build_resnet(backbone, stem, output_stride, download, self.geometry)
         low_channels, high_channels = self.encoder.feature_info.channels()
         self.aspp = self.pyramid(high_channels, rates or RATES[output_stride], channels)
         self.low = conv_bn_relu(low_channels, LOW_CHANNELS, 1)
@@ -112,7 +116,7 @@ class DeepLabV3Plus(nn.Module):
             [B,304,h,w] at stride 4 (321 -> 81, 512 -> 128 or, with the deep stem, 129): 48 channels from layer1, then
             256 from the ASPP.
         """
-        low, high = self.encoder(image)
+        low, high = self.encoder(self.input(image))
         low = self.low(low)
         context = F.interpolate(self.aspp(high), size=low.shape[-2:], mode="bilinear", align_corners=self.align_corners)
         return torch.cat([low, context], dim=1)
@@ -129,7 +133,7 @@ class CACDeepLab(DeepLabV3Plus):
     normal initialisation. Arguments and errors as `DeepLabV3Plus`; `output_stride` is 16.
     """
 
-    multi_grid = True
+    geometry = MULTI_GRID
 
     def __init__(self, backbone: str, num_classes: int, *args, **kwargs) -> None:
         super().__init__(backbone, num_classes, *args, **kwargs)
@@ -151,7 +155,7 @@ class CPSDeepLab(DeepLabV3Plus):
     The papers' has the deep stem. Otherwise as `CACDeepLab`.
     """
 
-    multi_grid = True
+    geometry = MULTI_GRID
     pyramid = SummedASPP
 
     def __init__(self, backbone: str, num_classes: int, *args, **kwargs) -> None:
@@ -167,7 +171,129 @@ class CPSDeepLab(DeepLabV3Plus):
         return self.decoder(super().features(image))
 
 
-NETWORKS = {"short": DeepLabV3Plus, "deeplab": CACDeepLab, "cps": CPSDeepLab}  # by `model.head`
+class MemoryBankDeepLab(DeepLabV3Plus):
+    """DeepLabV3+ as memory bank has it: two 3x3 convolutions in the decoder, dropout before the 1x1 ones alone.
+
+    `features` are those after the decoder: [B,channels,h,w]. Convolutions outside the backbone start from N(0, 0.01).
+    Otherwise as `CACDeepLab`.
+    """
+
+    geometry = UNIFORM_16
+
+    def __init__(self, backbone: str, num_classes: int, *args, **kwargs) -> None:
+        super().__init__(backbone, num_classes, *args, **kwargs)
+        self.aspp.project.append(nn.Dropout(0.5))
+        first = conv_bn_relu(self.feature_channels, self.channels, 3)
+        self.decoder = nn.Sequential(*first, *conv_bn_relu(self.channels, self.channels, 3))
+        self.classifier = nn.Sequential(nn.Dropout(0.1), nn.Conv2d(self.channels, num_classes, 1))
+        self.feature_channels = self.channels
+        init_small(self)
+
+    def features(self, image: Tensor) -> Tensor:
+        """[B,3,H,W], normalised -> [B,channels,h,w] at stride 4."""
+        return self.decoder(super().features(image))
+
+
+class SummedClassifiers(nn.Module):
+    """DeepLabV2's head: dilated 3x3 classifiers whose logits are added.
+
+    Args:
+        in_channels: Channels of the backbone's last stage.
+        num_classes: Channels of the logits.
+        rates: One classifier a dilation.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, rates: tuple[int, ...]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [nn.Conv2d(in_channels, num_classes, 3, padding=rate, dilation=rate) for rate in rates]
+        )
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """[B,in_channels,h,w] -> [B,num_classes,h,w]."""
+        return sum(branch(feature) for branch in self.branches)
+
+
+class DeepLabV2(nn.Module):
+    """DeepLabV2 (Chen et al., 2017) on a ResNet of stride 8, without its three scales.
+
+    Convolutions of the head start from N(0, 0.01).
+
+    Args:
+        backbone, num_classes, stem, output_stride, align_corners, download: As `DeepLabV3Plus`; `output_stride` is 8.
+        channels, rates: Not used: there is nothing between backbone and classifier, whose dilations are `RATES_V2`.
+
+    Raises:
+        UserError: see `build_resnet`; rates are given.
+    """
+
+    geometry = UNIFORM_8
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        stem: str = "plain",
+        output_stride: int = 8,
+        channels: int = 256,
+        rates: tuple[int, int, int] | None = None,
+        align_corners: bool = True,
+        download: bool | str = False,
+    ) -> None:
+        super().__init__()
+        if rates is not None:
+            raise UserError(f"model.rates are for DeepLabV3+; those of DeepLabV2 are {', '.join(map(str, RATES_V2))}")
+        self.align_corners = align_corners
+        self.input = nn.Identity()
+        self.encoder = build_resnet(backbone, stem, output_stride, download, self.geometry)
+        self.feature_channels = self.encoder.feature_info.channels()[-1]
+        self.classifier = SummedClassifiers(self.feature_channels, num_classes, RATES_V2)
+        init_small(self)
+
+    def features(self, image: Tensor) -> Tensor:
+        """[B,3,H,W], normalised -> layer4's output [B,2048,h,w] at stride 8 (321 -> 41, 512 -> 64; `v2_coco` 65)."""
+        return self.encoder(self.input(image))[-1]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B,3,H,W], normalised -> logits [B,num_classes,h,w] at stride 8."""
+        return self.classifier(self.features(image))
+
+
+class CaffeDeepLabV2(DeepLabV2):
+    """DeepLabV2 with the backbone that weights trained on COCO in Caffe belong to; otherwise as `DeepLabV2`."""
+
+    geometry = CAFFE_8
+
+
+class FromImageNet(nn.Module):
+    """Images normalised for ImageNet, which every network is given, as other pretrained weights want them.
+
+    Args:
+        mean: Of red, green and blue, 0 to 255: taken off, then the result is divided by 255 and no deviation.
+        bgr: Channels come in the order blue, green, red.
+    """
+
+    def __init__(self, mean: tuple[float, float, float], bgr: bool) -> None:
+        super().__init__()
+        imagenet_mean, imagenet_std = imagenet_statistics(torch.device("cpu"))
+        self.bgr = bgr
+        self.register_buffer("scale", imagenet_std.clone(), persistent=False)
+        self.register_buffer("shift", imagenet_mean - torch.tensor(mean).view(3, 1, 1) / 255, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B,3,H,W] -> the same."""
+        image = image * self.scale + self.shift
+        return image.flip(1) if self.bgr else image
+
+
+NETWORKS = {  # by `model.head`
+    "short": DeepLabV3Plus,
+    "deeplab": CACDeepLab,
+    "cps": CPSDeepLab,
+    "v2": DeepLabV2,
+    "v2_coco": CaffeDeepLabV2,
+    "v3": MemoryBankDeepLab,
+}
 
 
 def init_heads(network: DeepLabV3Plus) -> None:
@@ -177,7 +303,14 @@ def init_heads(network: DeepLabV3Plus) -> None:
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
-def build_network(model: ModelConfig) -> DeepLabV3Plus:
+def init_small(network: DeepLabV3Plus | DeepLabV2) -> None:
+    """N(0, 0.01) for the weights of every convolution outside the backbone; biases stay."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.startswith("encoder."):
+            nn.init.normal_(module.weight, std=0.01)
+
+
+def build_network(model: ModelConfig) -> DeepLabV3Plus | DeepLabV2:
     """The network of a config's `model` section. torch's seed decides its random initial weights.
 
     Raises:
@@ -194,10 +327,21 @@ def build_network(model: ModelConfig) -> DeepLabV3Plus:
         model.align_corners,
         download=model.pretrained if is_timm_name else model.pretrained is True,
     )
+    if model.input_mean is not None:
+        network.input = FromImageNet(model.input_mean, model.bgr)
     if isinstance(model.pretrained, str) and not is_timm_name:
-        target = f"{model.backbone} with the {model.stem} stem"
-        load_state(network.encoder, read_backbone(model.pretrained), f"model.pretrained {model.pretrained}", target)
+        _load_pretrained(network, model)
     return network
+
+
+def _load_pretrained(network: DeepLabV3Plus | DeepLabV2, model: ModelConfig) -> None:
+    """A local file into the backbone; DeepLabV2's classifiers too, where they have as many classes."""
+    source, target = f"model.pretrained {model.pretrained}", f"{model.backbone} with the {model.stem} stem"
+    backbone, classifier = split_v2(read_backbone(model.pretrained))
+    load_state(network.encoder, backbone, source, target)
+    own = network.classifier.state_dict()
+    if own.keys() == classifier.keys() and all(own[key].shape == value.shape for key, value in classifier.items()):
+        network.classifier.load_state_dict(classifier)
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Sequential:

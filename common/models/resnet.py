@@ -21,11 +21,14 @@ class Geometry:
         dilation: Stages (`layer3`, `layer4`) whose 3x3 convolutions have these dilations instead, one a block; the last
             one is also that of all further blocks.
         ceil_mode: The max-pool rounds up, which makes the features of an even input one pixel larger (512 -> 129).
+        stride_first: A stage strides in the first convolution of its first block, as Caffe's ResNets do; in timm's it
+            is the 3x3 one of a bottleneck.
     """
 
     stride: int
     dilation: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ceil_mode: bool = False
+    stride_first: bool = False
 
 
 # (stem, output_stride) of a config -> what PRCL and CSS do with it. With the deep stem their layer3 and layer4 never
@@ -38,6 +41,10 @@ GEOMETRIES = {
 }
 # What CAC, CPS and CPCL do with either stem: stride 16, and dilations that double from block to block.
 MULTI_GRID = Geometry(16, {"layer4": (2, 4, 8)})
+# Memory bank: all blocks of a stage have its dilation, the first one too. The last is that of weights from COCO.
+UNIFORM_16 = Geometry(16, {"layer4": (2,)})
+UNIFORM_8 = Geometry(8, {"layer3": (2,), "layer4": (4,)})
+CAFFE_8 = Geometry(8, UNIFORM_8.dilation, ceil_mode=True, stride_first=True)
 
 
 def build_resnet(
@@ -45,7 +52,7 @@ def build_resnet(
     stem: str = "plain",
     output_stride: int = 16,
     download: bool | str = False,
-    multi_grid: bool = False,
+    geometry: Geometry | None = None,
 ) -> nn.Module:
     """A ResNet without its classifier, randomly initialised (timm's Kaiming rule) or with timm's ImageNet weights.
 
@@ -59,7 +66,7 @@ def build_resnet(
         output_stride: 16 or 8; see `GEOMETRIES`.
         download: Fetch ImageNet weights: those of a timm name (`resnet101.a1h_in1k`), or with True torchvision's first
             ones, which the papers start from; for `deep`, Gluon's.
-        multi_grid: Dilate layer4 by 2, 4 and 8 in its three blocks; for stride 16 only.
+        geometry: In place of that of `GEOMETRIES`; its stride must be `output_stride`.
 
     Raises:
         UserError: unknown backbone, stem or stride; weights that do not exist or cannot be downloaded.
@@ -71,9 +78,11 @@ def build_resnet(
             f"model.stem is {stem!r} with model.output_stride {output_stride!r}; "
             "stems are plain and deep, strides 8 and 16"
         )
-    if multi_grid and output_stride != MULTI_GRID.stride:
-        raise UserError(f"model.output_stride {output_stride} does not go with this model.head, whose stride is 16")
-    geometry = MULTI_GRID if multi_grid else GEOMETRIES[stem, output_stride]
+    if geometry is not None and output_stride != geometry.stride:
+        raise UserError(
+            f"model.output_stride {output_stride} does not go with this model.head, whose stride is {geometry.stride}"
+        )
+    geometry = geometry or GEOMETRIES[stem, output_stride]
     deep = {"stem_type": "deep", "stem_width": 64} if stem == "deep" else {}
     options = {"features_only": True, "out_indices": (1, 4), "output_stride": geometry.stride} | deep
     network = (
@@ -85,6 +94,10 @@ def build_resnet(
     for stage, dilations in geometry.dilation.items():
         for index, block in enumerate(network[stage]):
             _set_dilation(block, dilations[min(index, len(dilations) - 1)])
+    if geometry.stride_first:
+        for stage in ("layer2", "layer3", "layer4"):
+            first = network[stage][0]
+            first.conv1.stride, first.conv2.stride = first.downsample[0].stride, (1, 1)
     return network
 
 

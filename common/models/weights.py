@@ -55,6 +55,25 @@ CPS = {
     "head.last_conv.": "decoder.",
     "classifier.": "classifier.",
 }
+# For both networks of memory bank; its heads and selectors are read in its folder.
+MEMORY_BANK = (
+    {f"{name}.": f"encoder.{name}." for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")}
+    | {"layer5.conv2d_list.": "classifier.branches."}
+    | {f"aspp.aspp{i + 1}.atrous_conv.": f"aspp.branches.{i}.0." for i in range(4)}
+    | {f"aspp.aspp{i + 1}.bn.": f"aspp.branches.{i}.1." for i in range(4)}
+    | {
+        "aspp.global_avg_pool.": "aspp.pooled.",
+        "aspp.conv1.": "aspp.project.0.",
+        "aspp.bn1.": "aspp.project.1.",
+        "decoder.conv1.": "low.0.",
+        "decoder.bn1.": "low.1.",
+        "decoder.pre_last_conv.": "decoder.",
+        "decoder.last_conv.": "classifier.1.",
+    }
+)
+MEMORY_BANK_HEADS = ("projection_head.", "prediction_head.", "contrastive_class_selector_")
+# DeepLabV2's classifiers that its released forward never reaches.
+UNREACHED = ("layer5.conv2d_list.2.", "layer5.conv2d_list.3.")
 
 
 def deeplab_from_prcl_css(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -82,6 +101,28 @@ def deeplab_from_cac(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = _without_wrapper(state)
     renamed = _rename({key: value for key, value in state.items() if not key.startswith(CAC_HEADS)}, CAC)
     return _low_level_first(renamed)
+
+
+def deeplab_from_memory_bank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The segmenter out of memory bank's published network: our `DeepLabV2` or `MemoryBankDeepLab`.
+
+    Args:
+        state: Keys `conv1.weight`, ..., `layer5.conv2d_list.0.weight` or `aspp.conv1.weight`, ...; heads, selectors
+            and classifiers that are never reached are left out.
+
+    Raises:
+        UserError: keys of another network.
+    """
+    own = {key: value for key, value in state.items() if not key.startswith((*MEMORY_BANK_HEADS, *UNREACHED))}
+    return _low_level_first(_rename(own, MEMORY_BANK))
+
+
+def split_v2(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights of a whole DeepLabV2 as AdvSemiSeg published it: the backbone's, and the classifiers' with our keys."""
+    theirs, ours = "layer5.conv2d_list.", "branches."
+    state = {key: value for key, value in state.items() if not key.startswith(UNREACHED)}
+    classifier = {ours + key.removeprefix(theirs): value for key, value in state.items() if key.startswith(theirs)}
+    return {key: value for key, value in state.items() if not key.startswith(theirs)}, classifier
 
 
 def deeplab_from_cps(state: Mapping[str, Tensor], network: int = 1) -> dict[str, Tensor]:
