@@ -1,0 +1,36 @@
+"""Sums and lists over processes, with gradients: what a batch norm of rows and a bank need of all of them."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over processes, the same on each; its gradient is the sum of theirs."""
+    return values if count() == 1 else _Sum.apply(values)
+
+
+def gathered(values: Tensor) -> Tensor:
+    """[P,...], what each of the P processes gave."""
+    if count() == 1:
+        return values.unsqueeze(0)
+    parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(count())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.stack(parts)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values):
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Sum.forward(None, gradient)
