@@ -4,6 +4,7 @@
     python benchmarks/losses.py css
     python benchmarks/losses.py prcl --rows ours --scale 0.25 --repeats 1
     python benchmarks/losses.py cac
+    python benchmarks/losses.py memory_bank
 
 Every row runs in a process of its own. Memory is what the process needed beyond its inputs, at its peak.
 """
@@ -29,6 +30,9 @@ from cac_cps import losses as cac
 from common.devices import check_compiler
 from common.errors import UserError, told
 from css import losses as css
+from memory_bank import losses as memory_bank
+from memory_bank.bank import Bank
+from memory_bank.heads import SLOPE, Selectors
 from prcl import losses as prcl
 
 Loss = Callable[[], Tensor]
@@ -151,10 +155,59 @@ def cac_plain(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
     return total
 
 
+def memory_bank_inputs(scale: float, device: torch.device) -> tuple[Tensor | torch.nn.Module, ...]:
+    """21,000 rows of 256 numbers with 19 classes, a full bank of 256 rows a class, and selectors."""
+    count = round(21_000 * scale)
+    rows = torch.randn(count, 256, device=device, requires_grad=True)
+    bank, selectors = Bank(19, 256, 256).to(device), Selectors(19, 256).to(device)
+    bank.rows.normal_()
+    bank.filled.fill_(256)
+    return rows, torch.randint(0, 19, (count,), device=device), bank, selectors
+
+
+def memory_bank_loss(inputs: tuple, scale: float) -> Tensor:
+    """Selectors and loss as training calls them."""
+    return memory_bank.contrastive_loss(*inputs)
+
+
+def memory_bank_plain(inputs: tuple, scale: float, distances: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The formula class by class: the distances of all rows to all rows of the bank."""
+    rows, label, bank, selectors = inputs
+    total = rows.new_zeros(())
+    for c in range(selectors.num_classes):
+        own = rows[label == c]
+        hidden = F.linear(own.detach(), selectors.first_weight[c], selectors.first_bias[c])
+        hidden = F.batch_norm(hidden, None, None, selectors.weight[c], selectors.bias[c], training=True)
+        score = torch.sigmoid(F.leaky_relu(hidden, SLOPE) @ selectors.last_weight[c] + selectors.last_bias[c])
+        share = score / score.mean()
+        # Of one class at a time: those of all would take gigabytes.
+        distance = checkpoint(distances, own, bank.rows[c], use_reentrant=False)
+        total = total + (distance * share[:, None]).mean()
+    return total / selectors.num_classes
+
+
+def pairwise_distances(rows: Tensor, stored: Tensor) -> Tensor:
+    """[M,N] of rows [M,F] and [N,F], pair by pair."""
+    return 1 - F.cosine_similarity(rows[:, None], stored[None], dim=2)
+
+
+def distances_by_product(rows: Tensor, stored: Tensor) -> Tensor:
+    """The same as a product of matrices."""
+    return 1 - F.normalize(rows, dim=1) @ F.normalize(stored, dim=1).T
+
+
 # What is measured of each paper: how its inputs are made, and its rows.
 PAPERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "css": (css_inputs, {"ours": css_loss, "plain formula": css_plain}),
     "cac": (cac_inputs, {"ours": cac_loss, "plain formula": cac_plain}),
+    "memory_bank": (
+        memory_bank_inputs,
+        {
+            "ours": memory_bank_loss,
+            "matrix product": partial(memory_bank_plain, distances=distances_by_product),
+            "plain formula": partial(memory_bank_plain, distances=pairwise_distances),
+        },
+    ),
     "prcl": (
         prcl_inputs,
         {"ours": prcl_loss, "ours, compiled": partial(prcl_loss, compile=True), "plain formula": prcl_plain},
@@ -176,7 +229,9 @@ def measure(paper: str, row: str, scale: float, repeats: int, results) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make_inputs, rows = PAPERS[paper]
     inputs = make_inputs(scale, device)
-    leaves = [value for value in inputs if value.requires_grad]
+    modules = [value for value in inputs if isinstance(value, torch.nn.Module)]
+    leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    leaves += [parameter for module in modules for parameter in module.parameters()]
     for leaf in leaves:
         leaf.grad = torch.ones_like(leaf)  # room for the gradients counts as input
     before, seconds = peak_memory(device), []

@@ -1,4 +1,4 @@
-"""The heads and selectors of the released checkpoints in ours."""
+"""The released checkpoints in ours: segmenter, heads and selectors; the means of the released configs."""
 
 import re
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.models.weights import deeplab_from_memory_bank
 
 # Prefixes of the two heads' keys, released -> ours.
 HEADS = {
@@ -59,3 +60,8 @@ def heads_from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stacked = torch.stack([tensors[index] for index in range(len(tensors))])
         renamed[name] = stacked.squeeze(1) if name.endswith(("last_weight", "last_bias")) else stacked
     return renamed
+
+
+def segmenter_of(state: Mapping[str, Tensor], network: int) -> dict[str, Tensor]:
+    """The segmenter of a released checkpoint, as `common.eval_cli` asks for it; there is one network."""
+    return deeplab_from_memory_bank(state)

@@ -36,6 +36,10 @@ SCRIPTS = {
     "cac_cps/train_semiseg_cutmix.py": Small(CAC),
     "cpcl/train.py": Small(),
     "css/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
+    # Bank and contrastive loss within the first steps; the shares of two processes are whole.
+    "memory_bank/train.py": Small(
+        {"bank_start": 0, "contrast_start": 1, "bank_size": 8, "embedding_dim": 8, "unlabeled_batch_size": 2}
+    ),
     "prcl/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     "supervised/train.py": Small(),
 }
