@@ -167,7 +167,7 @@ def unlabeled_share(config: Config, run: Run) -> int:
     """Unlabeled images of one process in one backward pass.
 
     Raises:
-        UserError: they cannot be divided evenly.
+        UserError: they cannot be divided evenly, or to single images where DeepLabV3+ needs two for its batch norm.
     """
     total = config.method.unlabeled_batch(config.optim.batch_size)
     share, rest = divmod(total, run.processes * config.optim.accumulation)
@@ -175,6 +175,11 @@ def unlabeled_share(config: Config, run: Run) -> int:
         raise UserError(
             f"{total} unlabeled images a step cannot be divided over {run.processes} processes x "
             f"{config.optim.accumulation} accumulation passes; set method.unlabeled_batch_size"
+        )
+    shared = run.processes > 1 and run.device.type == "cuda"
+    if share == 1 and config.model.head == "v3" and not shared:
+        raise UserError(
+            "one unlabeled image a process and pass is too few for batch norm: raise method.unlabeled_batch_size"
         )
     return share
 
@@ -266,7 +271,7 @@ def draw_view(
 def strong_views(
     image: Tensor, label: Tensor, confidence: Tensor, positions: list[int], mixes: bool, config: Config, run: Run
 ) -> Maps:
-    """Two independent strong views one after the other, [2B,...]; arguments as `draw_view`.
+    """Two independent strong views of each image, next to each other: [2B,...]; arguments as `draw_view`.
 
     Args:
         mixes: Whether ClassMix has begun.
@@ -276,7 +281,7 @@ def strong_views(
         draw_view(image, label, confidence, positions, f"strong view {number}", ranges, config, run)
         for number in (1, 2)
     ]
-    return tuple(torch.cat(maps) for maps in zip(*views))
+    return tuple(torch.stack(maps, dim=1).flatten(0, 1) for maps in zip(*views))
 
 
 @contextmanager

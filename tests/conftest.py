@@ -36,9 +36,9 @@ SCRIPTS = {
     "cac_cps/train_semiseg_cutmix.py": Small(CAC),
     "cpcl/train.py": Small(),
     "css/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
-    # Bank and contrastive loss within the first steps; the shares of two processes are whole.
+    # Bank and contrastive loss within the first steps; unlabeled images for each of two processes.
     "memory_bank/train.py": Small(
-        {"bank_start": 0, "contrast_start": 1, "bank_size": 8, "embedding_dim": 8, "unlabeled_batch_size": 2}
+        {"bank_start": 0, "contrast_start": 1, "bank_size": 8, "embedding_dim": 8, "unlabeled_batch_size": 4}
     ),
     "prcl/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     "supervised/train.py": Small(),

@@ -24,7 +24,9 @@ def record(folder: Path) -> None:
 
     def given(network, inputs) -> None:
         if network.training:
-            seen["inputs"].append([tensor.clone() for tensor in inputs])
+            # Some networks are given their images by name, and nothing in place of labels at first.
+            leaves = [values.values() if isinstance(values, dict) else [values] for values in inputs]
+            seen["inputs"].append([tensor.clone() for tensors in leaves for tensor in tensors if tensor is not None])
 
     def prepare(run: Run, network, optimizer):
         network.register_forward_pre_hook(given)
