@@ -11,9 +11,6 @@ from memory_bank.bank import Bank
 from memory_bank.heads import Selectors, count_rows
 from memory_bank.processes import summed
 
-CONFIDENCE_POWER = 6  # s of the paper
-RAMP_STEPS = 2000
-
 
 def contrastive_loss(rows: Tensor, label: Tensor, bank: Bank, selectors: Selectors) -> Tensor:
     """Mean over the C classes of sum_i r_i (1 - x_i mu_c) / M_c, r_i = s_i / mean(s), s_i of the class's selector.
@@ -57,9 +54,9 @@ def supervised_loss(logits: Tensor, label: Tensor, class_weight: Tensor) -> Tens
 
 
 def pseudo_label_loss(
-    logits: Tensor, pseudo_label: Tensor, confidence: Tensor, class_weight: Tensor, step: int
+    logits: Tensor, pseudo_label: Tensor, confidence: Tensor, class_weight: Tensor, power: float
 ) -> Tensor:
-    """Cross-entropy with pseudo-labels, weighted by class, by the sixth power of their confidence and by a ramp.
+    """Cross-entropy with pseudo-labels, weighted by class and by a power of their confidence.
 
     The mean is over all pixels, ignored ones too (paper, equation 3).
 
@@ -68,12 +65,12 @@ def pseudo_label_loss(
         pseudo_label: int64 [B,H,W], 255 = ignore.
         confidence: [B,H,W].
         class_weight: [C].
-        step: Of the training, from 0.
+        power: Of the confidence; s of the paper.
     """
     per_pixel = F.cross_entropy(
         logits.float(), pseudo_label, class_weight.float(), ignore_index=IGNORE, reduction="none"
     )
-    return ramp(step) * (per_pixel * confidence.float() ** CONFIDENCE_POWER).mean()
+    return (per_pixel * confidence.float() ** power).mean()
 
 
 def entropy_loss(logits: Tensor, pseudo_label: Tensor, broadcast: bool = False) -> Tensor:
@@ -94,9 +91,9 @@ def entropy_loss(logits: Tensor, pseudo_label: Tensor, broadcast: bool = False) 
     return masked.sum() / counted.sum().clamp(min=1)
 
 
-def ramp(step: int) -> float:
-    """Weight of the pseudo-labels: exp(-5 (1 - step / 2000)^2), 1 from step 2000 on."""
-    return math.exp(-5 * max(0.0, 1 - step / RAMP_STEPS) ** 2)
+def ramp(step: int, steps: int) -> float:
+    """Weight of the pseudo-labels: exp(-5 (1 - step / steps)^2), 1 from step number `steps` on."""
+    return math.exp(-5 * max(0.0, 1 - step / steps) ** 2)
 
 
 def teacher_decay(step: int, total: int, alpha: float, warm_up: int = 10) -> float:

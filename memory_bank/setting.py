@@ -26,8 +26,6 @@ from memory_bank.losses import ClassBalance, rows_per_image
 from memory_bank.processes import summed
 from memory_bank.views import STRONG, Maps, Ranges, draw_choice, view
 
-STEPS = 150_000  # of the released runs
-
 
 @dataclass
 class Method:
@@ -44,6 +42,8 @@ class Method:
         embedding_dim: Length of a row.
         contrast_start: Step after which the contrastive loss, class weights and ClassMix of unlabeled images begin.
         contrast_weight: Weight of the contrastive loss, for labeled and for unlabeled images.
+        confidence_power: Power of their confidence by which pseudo-labels are weighed.
+        ramp_steps: Steps after which pseudo-labels have their full weight.
         entropy_weight: Weight of the entropy term.
         entropy_broadcast: The entropy term as released before October 2021, about as many times as large as there are
             unlabeled images in a batch.
@@ -66,6 +66,8 @@ class Method:
     embedding_dim: PositiveInt = 256
     contrast_start: NonNegativeInt = 2000
     contrast_weight: NonNegativeFloat = 0.1
+    confidence_power: NonNegativeFloat = 6.0
+    ramp_steps: PositiveInt = 2000
     entropy_weight: NonNegativeFloat = 0.01
     entropy_broadcast: bool = False
     class_balance: bool = False

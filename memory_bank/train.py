@@ -26,6 +26,7 @@ from memory_bank.losses import (
     contrastive_loss,
     entropy_loss,
     pseudo_label_loss,
+    ramp,
     supervised_loss,
     teacher_decay,
 )
@@ -71,9 +72,11 @@ def terms_of(
     """
     method, size, corners = config.method, label.shape[-2:], network.segmenter.align_corners
     logits = {name: upsample(values, size, corners) for name, values in output["logits"].items()}
+    power, weight = method.confidence_power, ramp(step, method.ramp_steps)
+    pseudo = pseudo_label_loss(logits["unlabeled"], pseudo_label, confidence, class_weight, power)
     terms = {
         "loss_supervised": supervised_loss(logits["labeled"], label, class_weight),
-        "loss_pseudo": pseudo_label_loss(logits["unlabeled"], pseudo_label, confidence, class_weight, step),
+        "loss_pseudo": weight * pseudo,
         "entropy": entropy_loss(logits["unlabeled"], pseudo_label, method.entropy_broadcast),
     }
     loss = terms["loss_supervised"] + terms["loss_pseudo"] + method.entropy_weight * terms["entropy"]

@@ -117,7 +117,7 @@ def test_the_other_losses_are_finite_where_nothing_is_labeled():
         entropy_loss(logits, nothing),
         entropy_loss(logits, nothing, True),
     ]
-    losses.append(pseudo_label_loss(logits, nothing, torch.ones(2, 5, 5), weight, 0))
+    losses.append(pseudo_label_loss(logits, nothing, torch.ones(2, 5, 5), weight, 6))
     sum(losses).backward()
     assert all(loss == 0 for loss in losses) and not logits.grad.any()
 
@@ -144,7 +144,7 @@ def test_nothing_waits_for_the_device():
         losses = [
             contrastive_loss(rows, label, bank, selectors),
             supervised_loss(logits, full, balance.weights(2)),
-            pseudo_label_loss(logits, full, torch.empty(2, 20, 20), balance.weights(2), 0),
+            pseudo_label_loss(logits, full, torch.empty(2, 20, 20), balance.weights(2), 6),
             entropy_loss(logits, full),
         ]
         sum(losses).backward()

@@ -169,7 +169,7 @@ def check_rows_per_image(path: Path) -> None:
 def check_losses(path: Path) -> None:
     """Where the release gives NaN, ours is 0."""
     g = read(path)
-    label, confidence = to_label(g["labels"], g["ignore_label"]), g["max_probs"]
+    label, confidence, method = to_label(g["labels"], g["ignore_label"]), g["max_probs"], Method()
     weighings = {"unweighted": torch.ones(g["logits"].shape[1]), "weighted": g["class_weights"]}
 
     def check(loss: Callable[[Tensor], Tensor], value: str, gradient: str) -> None:
@@ -185,7 +185,9 @@ def check_losses(path: Path) -> None:
         check(lambda x, w=weight: supervised_loss(x, label, w), f"sup_ce/{name}", f"sup_ce/grad_{name}")
         for key in part(g, f"pseudo_ce/{name}/iter"):
             check(
-                lambda x, w=weight, step=int(key): pseudo_label_loss(x, label, confidence, w, step),
+                lambda x, w=weight, step=int(key): (
+                    ramp(step, method.ramp_steps) * pseudo_label_loss(x, label, confidence, w, method.confidence_power)
+                ),
                 f"pseudo_ce/{name}/iter{key}",
                 f"pseudo_ce/grad_{name}/iter{key}",
             )
@@ -233,7 +235,7 @@ def check_schedules(path: Path) -> None:
             for kind, warm_up in (("ssl", 10), ("less_memory", 1), ("da", 1)):
                 ours = teacher_decay(step, total, first, warm_up)
                 assert ours == pytest.approx(float(own[f"effective_alpha_{kind}"][row]), **same)
-            assert ramp(step) == pytest.approx(float(own["ramp2000"][row]), **same)
+            assert ramp(step, Method().ramp_steps) == pytest.approx(float(own["ramp2000"][row]), **same)
     for kind, warm_up in (("ssl", 10), ("less_memory", 1)):
         check_teacher(part(g, f"ema/{kind}/"), warm_up)
 
