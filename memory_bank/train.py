@@ -16,7 +16,7 @@ from common.config import parse
 from common.datasets.loaders import Batch, StepBatches, TrainingImages, open_data
 from common.ema import make_teacher, update_teacher
 from common.errors import told
-from common.evaluation import evaluate, save_panel
+from common.evaluation import evaluate_run, save_panel
 from common.losses import upsample
 from common.optim import build_optimizer
 from common.run import Run
@@ -92,7 +92,7 @@ def terms_of(
 
 @told
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "memory_bank", argv)
+    config = parse(Config, "memory_bank/train.py", argv)
     with Run(config, "memory_bank/train.py") as run:
         train(config, run)
 
@@ -120,6 +120,15 @@ def train(config: Config, run: Run) -> None:
     run.resume(model=evaluated.segmenter, extra=extra, optimizer=optimizer)
     labeled_batches = StepBatches(labeled_images, run)
     unlabeled_batches = StepBatches(unlabeled_images, run, batch_size=unlabeled_share(config, run))
+
+    def score() -> None:
+        protocol = protocol_of(config)
+        run.report(evaluate_run(evaluated.segmenter, source, split, run, protocol))
+        save_panel(evaluated.segmenter, source, split, run, protocol=protocol)
+
+    if run.evaluates:  # what a stop had cut short
+        score()
+        run.save()
 
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
@@ -171,10 +180,7 @@ def train(config: Config, run: Run) -> None:
         logged = losses | {"bank_filled": filled, "lr": optimizer.param_groups[0]["lr"]}
         run.finish_step(logged, images=optim.batch_size + method.unlabeled_batch(optim.batch_size))
         if run.evaluates:
-            classes, workers = config.model.num_classes, config.data.workers
-            protocol, shown = protocol_of(config), evaluated.segmenter
-            run.report(evaluate(shown, source, split.valid, classes, run.accelerator, protocol, workers=workers))
-            save_panel(shown, source, split, run, protocol=protocol)
+            score()
         run.save()
     run.finish()
 

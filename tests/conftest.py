@@ -38,7 +38,14 @@ SCRIPTS = {
     "css/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     # Bank and contrastive loss within the first steps; unlabeled images for each of two processes.
     "memory_bank/train.py": Small(
-        {"bank_start": 0, "contrast_start": 1, "bank_size": 8, "embedding_dim": 8, "unlabeled_batch_size": 4}
+        {
+            "bank_start": 0,
+            "contrast_start": 1,
+            "bank_size": 8,
+            "embedding_dim": 8,
+            "unlabeled_batch_size": 4,
+            "bank_threshold": 0.1,
+        }
     ),
     "prcl/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     "supervised/train.py": Small(),
