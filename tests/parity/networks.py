@@ -66,7 +66,7 @@ def conv_geometry(network: nn.Module) -> dict[str, list[list[int]]]:
 def model_config(g: Mapping[str, Any]) -> ModelConfig:
     """The network of a golden of PRCL or CSS."""
     stem = "deep" if g["shape_maxpool"][1] == 128 else "plain"  # 64 channels
-    return ModelConfig(int(g["num_classes"]), "resnet101", stem, int(g["dilate_scale"]), pretrained=False)
+    return ModelConfig(int(g["num_classes"]), "resnet101", stem, output_stride=int(g["dilate_scale"]), pretrained=False)
 
 
 def listed_config(path: Path, name: str, stem: str) -> ModelConfig:
@@ -74,7 +74,7 @@ def listed_config(path: Path, name: str, stem: str) -> ModelConfig:
     rates = {rates[0]: stride for stride, rates in RATES.items()}
     stride = rates[read_conv_geometry(path, name)["ASPP.convs.1.0"][1][0]]
     num_classes = read_key_list(path, name)["classifier.3.bias"][0]
-    return ModelConfig(num_classes, "resnet101", stem, stride, pretrained=False)
+    return ModelConfig(num_classes, "resnet101", stem, output_stride=stride, pretrained=False)
 
 
 def load_filled(segmenter: nn.Module, representation: nn.Module) -> None:
