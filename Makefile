@@ -26,9 +26,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# Every kill point and every mutated file, with a table of them: half an hour on two cores.
+# Every kill point and every mutated file of every training script, with a table of them: hours on two cores.
 stress: setup
 	$(BIN)/python -m pytest tests/stress
+	$(BIN)/python -m pytest --every-script tests/test_mishaps.py tests/test_processes.py tests/test_training.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -52,6 +52,10 @@ SCRIPTS = {
 }
 
 
+# Where the shared machinery alone is tested, these stand for all: one with a bank, one with nothing of its own.
+FEW = ("cac_cps/train.py", "supervised/train.py")
+
+
 def flags(values: dict[str, Any]) -> list[str]:
     """Settings as arguments of a command line."""
     return [text for key, value in values.items() for text in (f"--{key}", str(value))]
@@ -69,7 +73,14 @@ def module_of(script: str) -> str:
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--realdata", default=None, help="Folder with real data; tests on it are skipped without.")
+    parser.addoption("--every-script", action="store_true", help="Test shared machinery with every training script.")
     parser.addoption("--goldens", default=None, help="Folder <paper>/<file>.npz to compare with in place of our own.")
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if "some_script" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--every-script")
+        metafunc.parametrize("some_script", SCRIPTS if every else FEW)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from common import checkpoints
 from common.errors import UserError
 from common.guard import not_finite
 from tests.children import start, start_two
-from tests.conftest import SCRIPTS
+from tests.conftest import FEW, SCRIPTS
 from tests.killing import assert_same_run, metrics, same
 from tests.watching import spoil_files, spoil_gradient, stop_in_evaluation
 
@@ -46,10 +46,9 @@ def test_a_step_that_is_not_finite_is_named_counted_and_undone(script, tiny, tmp
     assert [line for line in lines if "skipped_steps" in line] == [{"step": 2, "skipped_steps": 1, "skipped_files": 0}]
 
 
-@every_script
-def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_both(script, tiny, tmp_path):
-    arguments = tiny(script, *LENGTH, *FOUR)
-    first, second = start_two(script, arguments, tmp_path / "log", (None, partial(spoil_gradient, 1)))
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_both(some_script, tiny, tmp_path):
+    arguments = tiny(some_script, *LENGTH, *FOUR)
+    first, second = start_two(some_script, arguments, tmp_path / "log", (None, partial(spoil_gradient, 1)))
     assert "step 2: gradient not finite" in first.finish()
     second.finish()
     assert same(held(tmp_path / "run", 1), held(tmp_path / "run", 2))
@@ -103,7 +102,7 @@ def data(shapes_root, tiny, tmp_path):
     return files, ["--data.root", str(root), "--data.split", str(split)]
 
 
-@pytest.mark.parametrize(("script", "processes"), [("supervised/train.py", 1), *((script, 2) for script in SCRIPTS)])
+@pytest.mark.parametrize(("script", "processes"), [("supervised/train.py", 1), *((script, 2) for script in FEW)])
 def test_a_file_that_goes_bad_stops_the_run_after_a_checkpoint(script, processes, data, tiny, tmp_path):
     files, places = data
     rare = ["--run.steps", "4", "--run.save_every", "4", "--run.eval_every", "4", *FOUR, *places]
@@ -171,9 +170,8 @@ def test_a_checkpoint_with_code_is_refused_by_name_and_not_executed(tmp_path):
         checkpoints.read(folder)
 
 
-@every_script
-def test_deterministic_mode_gives_the_same_bits_twice(script, tiny, tmp_path):
+def test_deterministic_mode_gives_the_same_bits_twice(some_script, tiny, tmp_path):
     for name in ("one", "other"):
-        arguments = tiny(script, *LENGTH, "--run.deterministic", "true", "--run.dir", str(tmp_path / name))
-        start(script, arguments, tmp_path / "log").finish()
+        arguments = tiny(some_script, *LENGTH, "--run.deterministic", "true", "--run.dir", str(tmp_path / name))
+        start(some_script, arguments, tmp_path / "log").finish()
     assert_same_run(tmp_path / "one", tmp_path / "other")

@@ -48,9 +48,8 @@ def test_a_run_leaves_what_is_documented(script, tiny, tmp_path, capsys):
     assert "mIoU" in capsys.readouterr().out
 
 
-@every_script
-def test_only_the_newest_checkpoints_and_the_best_are_kept_and_snapshots_stay(script, tiny, tmp_path):
-    train(script, tiny(script, "--run.keep", "1", "--run.snapshot_every", "1", "--run.eval_every", "6"))
+def test_only_the_newest_checkpoints_and_the_best_are_kept_and_snapshots_stay(some_script, tiny, tmp_path):
+    train(some_script, tiny(some_script, "--run.keep", "1", "--run.snapshot_every", "1", "--run.eval_every", "6"))
     checkpoints = tmp_path / "run" / "checkpoints"
     folders = sorted(path.name for path in checkpoints.glob("step_*"))
     assert folders == [f"step_0000000{step}" for step in range(1, 7)]
@@ -58,11 +57,10 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept_and_snapshots_stay(sc
     assert resumable == ["step_00000006"]
 
 
-@every_script
-def test_the_same_command_on_a_finished_run_changes_nothing(script, tiny, tmp_path):
-    train(script, tiny(script))
+def test_the_same_command_on_a_finished_run_changes_nothing(some_script, tiny, tmp_path):
+    train(some_script, tiny(some_script))
     before = metrics(tmp_path / "run"), everything(tmp_path / "run")
-    train(script, tiny(script))
+    train(some_script, tiny(some_script))
     after = metrics(tmp_path / "run"), everything(tmp_path / "run")
     assert before[0] == after[0]
     assert same(before[1], after[1])
