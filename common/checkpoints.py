@@ -85,9 +85,18 @@ def write(
         # How the two writers report a full disk.
         raise OSError(str(error).splitlines()[0]) from error
     finally:
+        restore(root)
         for leftover in (temporary, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
     return final
+
+
+def restore(root: Path) -> None:
+    """Give a checkpoint back its name that was about to be replaced when a kill, or a full disk, came in between."""
+    for replaced in root.glob(".replaced_*"):
+        final = root / replaced.name.removeprefix(".replaced_")
+        if not final.exists():
+            replaced.rename(final)
 
 
 def point(root: Path, name: str, step: int) -> None:

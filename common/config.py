@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, Literal, Optional, TypeVar, Union, get_args, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from common.errors import UserError
 
@@ -179,6 +186,7 @@ class SharedConfig:
 
 
 T = TypeVar("T")
+NonPositiveFloat = restricted_number_type("NonPositiveFloat", float, ("<=", 0))
 
 # What only a slip of the hand goes beyond; it would end in a machine without memory.
 LARGEST = 2**31 - 1

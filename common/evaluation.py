@@ -130,10 +130,15 @@ def sample_predictions(
         maps: Gives `Sample.maps`, but [1,H,W], of an image [1,3,H,W].
 
     Raises:
-        UserError: an image, or a label to be read, is missing or damaged.
+        UserError: an image, or a label to be read, is missing or damaged (and `data.skip_bad_files` is not set).
     """
     for name in names:
-        image, label = source.read_pair(name) if with_label else (source.read_image(name), None)
+        try:
+            image, label = source.read_pair(name) if with_label else (source.read_image(name), None)
+        except UserError:
+            if source.skip_bad_files:  # training tells them
+                continue
+            raise
         probability = predict(network, image[None].to(device), tuple(image.shape[-2:]), protocol)[0]
         confidence, prediction = (tensor.cpu() for tensor in probability.max(0))
         pseudo_label = None if threshold is None else prediction.masked_fill(confidence < threshold, IGNORE)

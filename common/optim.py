@@ -21,7 +21,7 @@ def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.o
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
             nesterov=optim.nesterov and optim.momentum > 0,
-            fused=True,
+            # Not fused: that form fails where some parameters get their first gradient later than others.
         )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]

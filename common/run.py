@@ -100,7 +100,7 @@ class Run(AbstractContextManager):
         self._unscored = False  # whether the evaluation after this step is due and has not been done
         self._skipped, self._new_skips = Skipped(), (0, 0)
         self._images: list[str] = []  # of this process in the step at hand
-        self._saved_step = 0
+        self._saved_step = self._loaded_step = 0
         self._agreement = Agreement(self.processes, config.run.timeout)
         set_seed(config.run.seed)
 
@@ -162,6 +162,9 @@ class Run(AbstractContextManager):
         """
         self._parts = Parts(model, extra, optimizer)
         self._buffers = Buffers(self._parts.modules())
+        if self.is_main:
+            checkpoints.restore(self.folder / "checkpoints")
+        self.accelerator.wait_for_everyone()
         damaged = False
         for checkpoint in checkpoints.newest(self.folder / "checkpoints"):
             if isinstance(checkpoint, str):
@@ -173,7 +176,8 @@ class Run(AbstractContextManager):
             break
         if damaged and not self.step:
             raise UserError(f"{self.folder} holds no checkpoint that is whole; move it away to start anew")
-        self.accelerator.wait_for_everyone()
+        if len({step for (step,) in self._agreement.gather(self.step)}) > 1:
+            raise UserError(f"the processes found different checkpoints: {self.folder} must lie on a disk they share")
         if self.is_main:
             open_folder(self.folder, self.script, self.config)
             self.log.cut(self.step, scored=not self._unscored)
@@ -228,6 +232,7 @@ class Run(AbstractContextManager):
             self._buffers.put_back()
             if self._saved_step != self.step:
                 self._write()
+            self.accelerator.wait_for_everyone()  # the first process to end takes the others down, also one that writes
             raise UserError(
                 f"{told[0]}. Stopped before step {self.step + 1}; data.skip_bad_files leaves such files out"
             )
@@ -253,19 +258,24 @@ class Run(AbstractContextManager):
         Raises:
             UserError: `run.max_bad_steps` bad ones in a row.
         """
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer.optimizer)
         wrong = self._wrong(optimizer, losses)
         if not wrong:
             optimizer.step()
-            # fp16 skips steps to find its scale; below 1 there is none to be found.
-            if optimizer.step_was_skipped and self.accelerator.scaler.get_scale() < 1:
-                wrong = ["gradient"]
+        elif scaler is not None:
+            scaler.update()  # what the step left out would have done: the scale goes down
         lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
-        if wrong:
-            self._skip_step(wrong, lr)
-            return False
-        self._skipped.steps_in_a_row = 0
-        return not optimizer.step_was_skipped
+        if not wrong:
+            self._skipped.steps_in_a_row = 0
+            return True
+        self._buffers.put_back()
+        # fp16 leaves steps out to find its scale; below 1 there is none to be found.
+        if scaler is None or wrong != ["gradient"] or scaler.get_scale() < 1:
+            self._count_bad_step(wrong, lr)
+        return False
 
     def share_statistics(self, *networks: nn.Module) -> None:
         """Average running batch-norm statistics over processes where SyncBatchNorm does not exist (CPU)."""
@@ -323,7 +333,7 @@ class Run(AbstractContextManager):
 
     def is_asked_to_stop(self) -> bool:
         """Whether this process has got a signal: work between steps gives up, and the run ends at its next save."""
-        return bool(self._signal)
+        return bool(self._signal or self._stopping)
 
     def report(self, scores: Scores | None) -> None:
         """Write and print the scores of the evaluated network after this step, and remember the best.
@@ -356,7 +366,7 @@ class Run(AbstractContextManager):
         due = self.step % self._save_every == 0 or self.step == self.total
         if due or is_best or self._stopping:
             self._save(resumable=True)
-        elif self._is_snapshot(self.step):
+        elif self._is_snapshot(self.step) and self.step != self._loaded_step:  # that one can be continued from
             self._save(resumable=False)
         self.log.restart_clock(self.step)
 
@@ -401,20 +411,18 @@ class Run(AbstractContextManager):
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self._best = checkpoint.meta["step"], checkpoint.state["best"]
         self._unscored = checkpoint.state.get("unscored", False)
-        self._saved_step = self.step
+        self._saved_step = self._loaded_step = self.step
         self._skipped = Skipped(**checkpoint.state.get("skipped", {}))
 
     def _wrong(self, optimizer: Any, losses: dict[str, torch.Tensor]) -> list[str]:
         """Names of what is not finite on any process; the same answer on all of them."""
         finite = {name: loss.detach().isfinite().all() for name, loss in losses.items()}
-        if self.accelerator.scaler is None:  # gradients in fp16 are scaled, and checked by the scaler
-            finite["gradient"] = gradients_are_finite(optimizer)
+        finite["gradient"] = gradients_are_finite(optimizer)
         finite["running statistics"] = self._buffers.are_finite().to(self.device)
         found = self._agreement.gather(*torch.stack(list(finite.values())).int().tolist())
         return [name for name, fine in zip(finite, zip(*found)) if not all(fine)]
 
-    def _skip_step(self, wrong: list[str], lr: float) -> None:
-        self._buffers.put_back()
+    def _count_bad_step(self, wrong: list[str], lr: float) -> None:
         self._skipped.steps_in_a_row += 1
         self._new_skips = (1, self._new_skips[1])
         row, most = self._skipped.steps_in_a_row, self.config.run.max_bad_steps

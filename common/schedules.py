@@ -32,6 +32,6 @@ def exponential_ramp(time: float, begin: float, end: float, max_value: float, mi
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float, floor: float = 0.0) -> None:
-    """Set each group's rate to its own first rate times `factor`, never below `floor`."""
+    """Set each group's rate to its own first rate times `factor`, never below `floor` (unless it starts there)."""
     for group in optimizer.param_groups:
-        group["lr"] = max(group["initial_lr"] * factor, floor)
+        group["lr"] = max(group["initial_lr"] * factor, min(floor, group["initial_lr"]))

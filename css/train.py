@@ -27,7 +27,7 @@ from common.augment import (
     normalize,
     recolor_and_flip,
 )
-from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
+from common.config import DataConfig, ModelConfig, NonPositiveFloat, OptimConfig, RunConfig, parse
 from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, labeled_view, open_data
 from common.ema import make_teacher, update_teacher
 from common.errors import told
@@ -103,7 +103,7 @@ class Method:
     max_epoch: PositiveFloat = 200.0
     max_value: NonNegativeFloat = 1.0
     min_value: NonNegativeFloat = 0.0
-    ramp_mult: float = -5.0
+    ramp_mult: NonPositiveFloat = -5.0
     ohem: bool = False
     ohem_threshold: ClosedUnitInterval = 0.7
     ohem_min_kept: PositiveInt = 50_000

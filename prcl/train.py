@@ -26,7 +26,7 @@ from common.augment import (
     normalize,
     recolor_and_flip,
 )
-from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
+from common.config import DataConfig, ModelConfig, NonPositiveFloat, OptimConfig, RunConfig, parse
 from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, labeled_view, open_data
 from common.ema import make_teacher, update_teacher
 from common.errors import told
@@ -78,7 +78,7 @@ class Method:
     max_epoch: PositiveFloat = 200.0
     max_value: NonNegativeFloat = 1.0
     min_value: NonNegativeFloat = 0.0
-    ramp_mult: float = -5.0
+    ramp_mult: NonPositiveFloat = -5.0
     mix_mode: Literal["none", "cutout", "cutmix", "classmix"] = "classmix"
     scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
     embedding_dim: PositiveInt = 256

@@ -17,7 +17,7 @@ from common.guard import not_finite
 from tests.children import start, start_two
 from tests.conftest import FEW, SCRIPTS
 from tests.killing import assert_same_run, metrics, same
-from tests.watching import spoil_files, spoil_gradient, stop_in_evaluation
+from tests.watching import both, scale_gradients, spoil_files, spoil_gradient, stop_in_evaluation
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 LENGTH = ["--run.steps", "3", "--run.save_every", "1", "--run.keep", "9", "--run.eval_every", "3"]
@@ -52,6 +52,30 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_both(some_script
     assert "step 2: gradient not finite" in first.finish()
     second.finish()
     assert same(held(tmp_path / "run", 1), held(tmp_path / "run", 2))
+
+
+def test_an_overflow_of_scaled_gradients_halves_the_scale_and_is_undone(tiny, tmp_path):
+    script, run = "css/train.py", tmp_path / "run"
+    start(
+        script, tiny(script, *LENGTH), tmp_path / "log", partial(both, scale_gradients, partial(spoil_gradient, 1))
+    ).finish()
+    assert same(held(run, 1), held(run, 2))
+    assert not same(held(run, 2), held(run, 3))
+    scales = [
+        torch.load(path, weights_only=True)["scaler"]["scale"]
+        for path in sorted(run.glob("checkpoints/step_*/state.pt"))
+    ]
+    assert scales == [2.0**16, 2.0**15, 2.0**15]
+    assert not [line for line in metrics(run) if "skipped_steps" in line]  # fp16 finds its scale that way
+
+
+def test_scaled_gradients_train_as_unscaled_ones_do(tiny, tmp_path):
+    script = "supervised/train.py"
+    for name, before in (("plain", None), ("scaled", scale_gradients)):
+        start(script, tiny(script, *LENGTH, "--run.dir", str(tmp_path / name)), tmp_path / "log", before).finish()
+    plain, scaled = (held(tmp_path / name, 3)["model"] for name in ("plain", "scaled"))
+    for name, values in plain.items():
+        torch.testing.assert_close(values, scaled[name], rtol=1e-3, atol=1e-4)
 
 
 STOPPABLE = ["--run.steps", "3", "--run.eval_every", "2", "--run.save_every", "3"]
@@ -158,6 +182,16 @@ def test_the_checkpoint_before_a_harmed_one_is_found_with_a_warning(name, harm, 
 class Harmful:
     def __reduce__(self):
         return eval, ("1 / 0",)
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_gets_its_name_back(tiny, tmp_path):
+    script, folder = "supervised/train.py", tmp_path / "run" / "checkpoints"
+    start(script, tiny(script, *LENGTH), tmp_path / "log").finish()
+    # Killed between the two moves of writing the step again.
+    (folder / "step_00000003").rename(folder / ".replaced_step_00000003")
+    assert "after step 3 of 3" in start(script, tiny(script, *LENGTH), tmp_path / "log").finish()
+    assert (folder / "last" / "state.pt").exists()
+    assert not list(folder.glob(".replaced_*"))
 
 
 def test_a_checkpoint_with_code_is_refused_by_name_and_not_executed(tmp_path):

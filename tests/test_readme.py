@@ -43,7 +43,7 @@ COMMANDS = commands()
 def project(tmp_path_factory) -> Path:
     """The project with small data where the commands look for it, and a short run to evaluate."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("cac_cps", "cpcl", "css", "prcl", "supervised", "splits", "benchmarks", "common"):
+    for name in sorted({script.split("/")[0] for script in SCRIPTS} | {"splits", "benchmarks", "common"}):
         (folder / name).symlink_to(ROOT / name)
     make_shapes(folder / "data" / "shapes", "voc", train=40, val=4, size=(48, 64))
     make_shapes(folder / "data" / "VOCdevkit" / "VOC2012", "voc", train=700, val=4, size=(32, 32))

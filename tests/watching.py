@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 import common.evaluation
 from common.run import Run
@@ -52,6 +53,17 @@ def spoil_gradient(step: int) -> None:
         done(run, loss * float("nan") if run.step == step else loss)
 
     done, Run.backward = Run.backward, backward
+
+
+def scale_gradients() -> None:
+    """Let gradients be scaled as for fp16 on a GPU."""
+
+    def prepare(run: Run, network, optimizer):
+        wrapped, optimizer = prepared(run, network, optimizer)
+        run.accelerator.scaler = torch.amp.GradScaler("cpu")
+        return wrapped, AcceleratedOptimizer(optimizer.optimizer, scaler=run.accelerator.scaler)
+
+    prepared, Run.prepare = Run.prepare, prepare
 
 
 def spoil_files(step: int, paths: list[Path]) -> None:
