@@ -29,15 +29,22 @@ def test_a_process_that_dies_ends_the_other_and_both_continue(script, tiny, tmp_
     kill_and_continue(script, tiny, whole, point, tmp_path, victim=1)
 
 
+WAITING = "a slow evaluation has begun"
+
+
 def slow_evaluation() -> None:
     """Let an evaluation take a minute: time to be impatient in."""
-    predict = evaluation.sum_logits
-    evaluation.sum_logits = lambda *arguments: (time.sleep(60), predict(*arguments))[1]
+
+    def wait_a_minute(*_) -> None:
+        print(WAITING, flush=True)
+        time.sleep(60)
+
+    evaluation.sum_logits = wait_a_minute
 
 
 def test_a_second_interrupt_stops_at_once(tiny, tmp_path):
     child = start("supervised/train.py", tiny("supervised/train.py", *LENGTH), tmp_path / "log", slow_evaluation)
-    wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 3', child)
+    wait_for(child.log, WAITING, child)
     os.kill(child.process.pid, signal.SIGINT)
     time.sleep(2.2)
     assert child.process.is_alive()  # it waits for the batch at hand
@@ -51,7 +58,7 @@ def test_a_process_that_does_not_answer_ends_the_other(tiny, tmp_path):
     arguments = tiny("supervised/train.py", *LENGTH, "--optim.batch_size", "4", "--run.timeout", "5")
     stuck, other = start_two("supervised/train.py", arguments, tmp_path / "log", (slow_evaluation, None))
     try:
-        wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 3', stuck)
+        wait_for(stuck.log, WAITING, stuck)
         assert other.status() == 1
         assert "another process of this run ended or does not answer" in other.log.read_text()
     finally:
