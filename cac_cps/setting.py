@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Optional
 
-import numpy as np
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
@@ -16,8 +15,7 @@ from common.datasets.source import Source
 from common.errors import UserError
 from common.inference import Protocol
 from common.losses import cross_entropy, ohem_cross_entropy
-from common.optim import build_optimizer
-from common.run import Run
+from common.optim import build_optimizer, decay_groups
 from common.seeding import generators
 
 STEPS_PER_EPOCH = 1157  # of every dataset and split, as released
@@ -132,19 +130,17 @@ def labeled_loss(logits: Tensor, label: Tensor, config: Config) -> Tensor:
     return ohem_cross_entropy(logits, label, OHEM_THRESHOLD, OHEM_PIXELS * len(label))
 
 
-def make_optimizer(config: Config, *networks: nn.Module) -> torch.optim.Optimizer:
-    """One optimizer for all networks: backbones at a rate of their own, and norms perhaps without decay."""
+def make_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+    """One optimizer for all that is trained: backbones at a rate of their own, and norms perhaps without decay."""
     optim, method = config.optim, config.method
-    chosen = {(backbone, decayed): [] for backbone in (False, True) for decayed in (False, True)}
-    for network in networks:
-        for name, parameter in network.named_parameters():
-            is_backbone = "encoder" in name.split(".")
-            chosen[is_backbone, method.decay_norms or parameter.dim() > 1].append(parameter)
+    sides: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in network.named_parameters():
+        sides["encoder" in name.split(".")].append(parameter)
     groups = []
-    for (is_backbone, decayed), parameters in chosen.items():
-        if parameters:
-            lr = optim.lr * (method.backbone_lr_scale if is_backbone else 1.0)
-            groups.append({"params": parameters, "lr": lr, "weight_decay": optim.weight_decay if decayed else 0.0})
+    for is_backbone, parameters in sides.items():
+        lr = optim.lr * (method.backbone_lr_scale if is_backbone else 1.0)
+        parts = [{"params": parameters}] if method.decay_norms else decay_groups(parameters)
+        groups += [part | {"lr": lr} for part in parts]
     return build_optimizer(optim, groups)
 
 
@@ -159,12 +155,6 @@ def cps_weight(config: Config, cutmix: bool) -> float:
         return config.method.cps.weight
     on_cityscapes = config.data.dataset == "cityscapes"
     return (5.0 if on_cityscapes else 1.0) if cutmix else (6.0 if on_cityscapes else 1.5)
-
-
-def to_device(array: np.ndarray, run: Run) -> Tensor:
-    """A copy that a GPU does not wait for."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(run.device, non_blocking=True) if run.device.type == "cuda" else tensor
 
 
 def check_unlabeled(names: list[str], folder: str) -> None:

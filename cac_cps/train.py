@@ -29,11 +29,11 @@ from cac_cps.setting import (
     labeled_input,
     make_optimizer,
     protocol_of,
-    to_device,
 )
 from common.augment import apply_photometric, draw_photometric, normalize
 from common.config import ModelConfig, parse
 from common.datasets.loaders import Batch, StepBatches, TrainingImages, open_data
+from common.devices import to_device
 from common.errors import UserError, told
 from common.evaluation import evaluate_run
 from common.losses import cross_entropy, upsample
@@ -183,7 +183,7 @@ def context_term(
 def cells_of(pairs: Sequence[Pair], output: dict[str, Tensor], run: Run) -> tuple[Tensor, Tensor]:
     """Numbers of the cells that both crops of each pair show, on the device."""
     first, second = overlap_cells(pairs, *output["embedding1"].shape[-2:])
-    return to_device(first, run), to_device(second, run)
+    return to_device(first, run.device), to_device(second, run.device)
 
 
 def first_contrastive_step(config: Config, run: Run) -> int:

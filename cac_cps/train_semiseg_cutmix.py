@@ -8,10 +8,6 @@ Either network labels two unlabeled images; the other one learns from their mixt
 cac_cps/README.md for every departure from the released code, hardware and results.
 """
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor, nn
 from torch.profiler import record_function
 
 from cac_cps.losses import cross_pseudo_loss, pseudo_label
@@ -34,35 +30,10 @@ from common.datasets.loaders import Batch, StepBatches, open_data
 from common.errors import told
 from common.evaluation import evaluate_run
 from common.losses import upsample
-from common.models.two_networks import TwoNetworks
+from common.models.two_networks import TwoNetworks, predict_mixture
 from common.run import Run
 from common.schedules import poly, set_lr
 from common.seeding import generators
-
-
-@torch.no_grad()
-def mixed_label(network: nn.Module, images: tuple[Tensor, Tensor], mask: Tensor, run: Run) -> Tensor:
-    """A network's pseudo-label of the mixture, from those of both images: selected, as logits would be.
-
-    The network is in training mode, and its batch norm takes in both batches.
-
-    Args:
-        network: Network 1 or 2.
-        images: Normalised [B,3,H,W] of either stream.
-        mask: Bool [B,H,W], True where the mixture is of the second stream.
-    """
-    labels = []
-    for image in images:
-        with run.autocast():
-            logits = network(image)
-        labels.append(pseudo_label(upsample(logits, image.shape[-2:], network.align_corners)))
-    return mix(labels[1], labels[0], mask)
-
-
-def box_masks(positions: Sequence[int], size: tuple[int, int], config: Config, run: Run) -> Tensor:
-    """The mask of each image, bool [B,H,W], from its position in the first stream."""
-    rngs = generators(config.run.seed, "boxes", positions)
-    return toggled_masks(rngs, size, run.device)
 
 
 @told
@@ -105,11 +76,13 @@ def train(config: Config, run: Run) -> None:
             with record_function("augmentation"):
                 labeled_image = labeled_input(labeled, config)
                 images = tuple(normalize(batch.image) for batch in unlabeled)
-                mask = box_masks(unlabeled[0].positions, tuple(config.data.crop_size), config, run)
+                rngs = generators(config.run.seed, "boxes", unlabeled[0].positions)
+                mask = toggled_masks(rngs, config.data.crop_size, run.device)
                 mixed = mix(images[1], images[0], mask)
             with record_function("teacher"):
-                first_label, second_label = (
-                    mixed_label(one, images, mask, run) for one in (network.first, network.second)
+                (first_label,), (second_label,) = (
+                    predict_mixture(one, images, mask, run.autocast, lambda logits: (pseudo_label(logits),))
+                    for one in (network.first, network.second)
                 )
             with record_function("student"):
                 output = wrapped(labeled_image, mixed)

@@ -1,10 +1,20 @@
 """The optimizer of a config's `optim` section."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from common.config import OptimConfig
+
+
+def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Two groups for `build_optimizer`: weights of convolutions, then norms and biases, which do not decay."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in parameters:
+        groups[parameter.dim() > 1].append(parameter)
+    return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
 
 
 def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ Network 1 is the conservative one, network 2 the progressive one. C classes, lab
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,7 @@ from common.metrics import ConfusionMatrix
 EPSILON = 1e-6  # keeps the disagreement of networks that agree everywhere at 0, as released
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """What a network says of every pixel: its class and that class's probability."""
 
     label: Tensor

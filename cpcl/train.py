@@ -7,13 +7,13 @@ Two networks label a mixture of two unlabeled images. One learns from what both 
 says, both by how confident that was. See cpcl/README.md for every departure from the released code and hardware.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from common.augment import ScaleChoiceCrop, mix, normalize, toggled_masks
@@ -23,8 +23,8 @@ from common.errors import UserError, told
 from common.evaluation import evaluate_run, save_panel
 from common.inference import Protocol, sum_logits
 from common.losses import cross_entropy, ohem_cross_entropy, upsample
-from common.models.two_networks import TwoNetworks
-from common.optim import build_optimizer
+from common.models.two_networks import TwoNetworks, predict_mixture
+from common.optim import build_optimizer, decay_groups
 from common.run import Run
 from common.schedules import poly, set_lr
 from common.seeding import generators
@@ -85,13 +85,6 @@ def check_method(config: Config) -> None:
         raise UserError("method.ohem_class_weight is of the mined loss: set method.ohem, or leave it out")
 
 
-def make_optimizer(optim: OptimConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """One optimizer for both networks, with weight decay for the weights of convolutions alone."""
-    decayed = [parameter for parameter in network.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in network.parameters() if parameter.dim() <= 1]
-    return build_optimizer(optim, [{"params": decayed}, {"params": others, "weight_decay": 0.0}])
-
-
 def steps_per_epoch(labeled: int, unlabeled: int, batch_size: int) -> int:
     """The paper's rule: as many whole batches as the longer list has."""
     return max(1, max(labeled, unlabeled) // batch_size)
@@ -100,34 +93,6 @@ def steps_per_epoch(labeled: int, unlabeled: int, batch_size: int) -> int:
 def protocol_of(config: Config) -> Protocol:
     """A sliding window of the crop's size."""
     return Protocol(crop=tuple(config.data.crop_size))
-
-
-def box_masks(positions: Sequence[int], config: Config, run: Run) -> Tensor:
-    """The mask of each mixture, bool [B,H,W], from its image's position in the first stream."""
-    method = config.method
-    rngs = generators(config.run.seed, "boxes", positions)
-    boxes = (method.cutmix_mask_prop_range, method.cutmix_boxmask_n_boxes)
-    return toggled_masks(rngs, config.data.crop_size, run.device, *boxes)
-
-
-@torch.no_grad()
-def predict_mixture(network: nn.Module, images: tuple[Tensor, Tensor], mask: Tensor, run: Run) -> Prediction:
-    """What a network says of the mixture, put together from what it says of both images: as mixing logits would.
-
-    The network is in training mode, and its batch norm takes in both batches, one after the other.
-
-    Args:
-        network: Network 1 or 2.
-        images: Normalised [B,3,H,W] of either stream.
-        mask: Bool [B,H,W], True where the mixture is of the second stream.
-    """
-    predictions = []
-    for image in images:
-        with run.autocast():
-            logits = network(image)
-        predictions.append(predict_pixels(upsample(logits, image.shape[-2:], network.align_corners)))
-    first, second = predictions
-    return Prediction(mix(second.label, first.label, mask), mix(second.confidence, first.confidence, mask))
 
 
 def labeled_loss(logits: Tensor, label: Tensor, method: Method, class_weight: Tensor | None) -> Tensor:
@@ -178,7 +143,8 @@ def train(config: Config, run: Run) -> None:
     ]
 
     network = TwoNetworks(config.model)
-    wrapped, optimizer = run.prepare(network, make_optimizer(optim, network))
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, decay_groups(network.parameters())))
+    boxes = (method.cutmix_mask_prop_range, method.cutmix_boxmask_n_boxes)
     class_weight = torch.tensor(method.ohem_class_weight, device=run.device) if method.ohem_class_weight else None
 
     run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
@@ -202,10 +168,14 @@ def train(config: Config, run: Run) -> None:
                 unlabeled: list[Batch] = [next(batches) for batches in unlabeled_batches]
             with record_function("augmentation"):
                 images = tuple(normalize(batch.image) for batch in unlabeled)
-                mask = box_masks(unlabeled[0].positions, config, run)
+                rngs = generators(config.run.seed, "boxes", unlabeled[0].positions)
+                mask = toggled_masks(rngs, config.data.crop_size, run.device, *boxes)
                 mixed = mix(images[1], images[0], mask)
             with record_function("teacher"):
-                first, second = (predict_mixture(one, images, mask, run) for one in (network.first, network.second))
+                first, second = (
+                    Prediction(*predict_mixture(one, images, mask, run.autocast, predict_pixels))
+                    for one in (network.first, network.second)
+                )
             with record_function("student"):
                 output = wrapped(normalize(labeled.image), mixed)
             with record_function("losses"):

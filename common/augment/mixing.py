@@ -13,6 +13,7 @@ from torch import Tensor
 
 from common import IGNORE
 from common.augment.photometric import imagenet_statistics
+from common.devices import to_device
 from common.errors import UserError
 
 MODES = ("none", "cutout", "cutmix", "classmix")
@@ -79,7 +80,7 @@ def toggled_masks(
 ) -> Tensor:
     """A mask of `draw_toggled_masks` of each generator: bool [B,*size] on `device`."""
     masks = [draw_toggled_masks(rng, 1, *size, proportions, boxes) for rng in rngs]
-    return _to_device(np.concatenate(masks), device)
+    return to_device(np.concatenate(masks), device)
 
 
 def draw_class_keys(rng: Generator) -> np.ndarray:
@@ -95,7 +96,7 @@ def class_mask(label: Tensor, keys: np.ndarray) -> Tensor:
     """
     values = label.flatten(1)
     present = torch.zeros(len(label), 256, dtype=torch.bool, device=label.device).scatter_(1, values, True)
-    order = _to_device(keys, label.device).masked_fill(~present, 256)
+    order = to_device(keys, label.device).masked_fill(~present, 256)
     rank = order.argsort(1).argsort(1)
     kept = rank < present.sum(1, keepdim=True) // 2
     return kept.gather(1, values).view_as(label)
@@ -152,11 +153,3 @@ def mix_batch(
     own = (image, label, confidence)
     following = [one[0] for one in own] if partner_of_last is None else partner_of_last
     return tuple(mix(o, torch.cat((o[1:], f.unsqueeze(0))), mask) for o, f in zip(own, following, strict=True))
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy that does not wait for the device, which only page-locked memory allows."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

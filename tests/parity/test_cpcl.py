@@ -27,8 +27,9 @@ from common.datasets.voc import VOC
 from common.inference import Protocol, sum_logits
 from common.losses import ohem_cross_entropy
 from common.metrics import ConfusionMatrix
-from common.models.two_networks import TwoNetworks
+from common.models.two_networks import TwoNetworks, predict_mixture
 from common.models.weights import CPS, deeplab_from_cps
+from common.optim import build_optimizer, decay_groups
 from common.schedules import poly
 from common.visual import Sample, compare
 from cpcl.losses import (
@@ -36,10 +37,11 @@ from cpcl.losses import (
     count_pairs,
     disagreement,
     intersect,
+    predict_pixels,
     reweighted_loss,
     unite,
 )
-from cpcl.train import BEYOND, Config, Method, labeled_loss, make_optimizer, predict_mixture
+from cpcl.train import BEYOND, Config, Method, labeled_loss
 
 OWN = Path(__file__).parent / "goldens" / "cpcl"
 CONFIGS = Path(__file__).parents[2] / "cpcl" / "configs"
@@ -117,7 +119,7 @@ def mixture(g: Golden, number: int, mask: Tensor) -> Prediction:
     """What training makes of a network's logits for both streams."""
     network = Recorded(g[f"logits_u0_{number}"], g[f"logits_u1_{number}"])
     images = (g["imgs_u0"], g["imgs_u1"])
-    return predict_mixture(network, images, mask, SimpleNamespace(autocast=nullcontext))
+    return Prediction(*predict_mixture(network, images, mask, nullcontext, predict_pixels))
 
 
 def supervised_loss(logits: Tensor, number: int, g: Golden, path: Path) -> Tensor:
@@ -288,7 +290,7 @@ def check_architecture(path: Path) -> None:
     for official, want in g["branch1_bn_eps_momentum"].items():
         assert [modules[ours_of(official)].eps, modules[ours_of(official)].momentum] == want, official
     optim = OptimConfig(lr=groups[0]["lr"], weight_decay=groups[0]["weight_decay"], momentum=groups[0]["momentum"])
-    optimizer = make_optimizer(optim, network)
+    optimizer = build_optimizer(optim, decay_groups(network.parameters()))
     given = {
         id(parameter): (group["lr"], group["weight_decay"], group["momentum"])
         for group in optimizer.param_groups

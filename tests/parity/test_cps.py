@@ -19,7 +19,6 @@ from torch.testing import assert_close
 
 from cac_cps.losses import cross_pseudo_loss, pseudo_label
 from cac_cps.setting import OHEM_THRESHOLD, Config, Method, make_optimizer
-from cac_cps.train_semiseg_cutmix import mixed_label
 from common import IGNORE
 from common.augment import ScaleChoiceCrop, draw_toggled_masks, mix
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
@@ -27,7 +26,7 @@ from common.datasets.loaders import StepSampler
 from common.inference import Protocol, sum_logits
 from common.losses import cross_entropy, ohem_cross_entropy
 from common.metrics import ConfusionMatrix
-from common.models.two_networks import TwoNetworks
+from common.models.two_networks import TwoNetworks, predict_mixture
 from common.models.weights import CPS, CPS_IN_CAC
 from common.schedules import poly
 
@@ -92,10 +91,12 @@ def cutmix_predictions(networks: list[nn.Module], g: Golden) -> tuple[list[Tenso
     mask = g["mask"][:, 0].bool()
     mixed = mix(g["u1"], g["u0"], mask)
     assert_close(mixed, g["mixed"])
-    run = SimpleNamespace(autocast=nullcontext)  # no half precision
-    return [network(mixed) for network in networks], [
-        mixed_label(network, (g["u0"], g["u1"]), mask, run) for network in networks
+    images = (g["u0"], g["u1"])
+    found = [
+        predict_mixture(network, images, mask, nullcontext, lambda logits: (pseudo_label(logits),))
+        for network in networks
     ]
+    return [network(mixed) for network in networks], [label for (label,) in found]
 
 
 def supervised_loss(logits: Tensor, label: Tensor, g: Golden) -> Tensor:
