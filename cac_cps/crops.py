@@ -1,4 +1,4 @@
-"""Crops for training as CAC cuts them, and its pairs of crops with their overlap.
+"""Crops for training as CAC cuts them, its pairs of crops with their overlap, and the colours of either.
 
 Draws come from a `numpy.random.Generator`, in the order of the released code.
 """
@@ -14,11 +14,21 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from common import IGNORE
-from common.augment import Geometry, nearest_crop
+from common.augment import (
+    Geometry,
+    PhotometricRanges,
+    apply_photometric,
+    draw_photometric,
+    nearest_crop,
+    normalize,
+)
 from common.augment.crops import cut, draw_start, mirror
+from common.seeding import generators
 
 CELL = 8  # pixels of an image per cell of CAC's feature maps, along a side
 TRIALS = 50
+JITTER = PhotometricRanges(1.0, (0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), blur_probability=0.0)
+BLUR_KERNEL, BLUR_SIGMA = 5, 1.1  # what OpenCV takes for a kernel of 5 pixels
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,15 @@ class PairCrop:
         return cut_pair(image, pair, self.crop_size), None, pair
 
 
+def augment_views(views: Tensor, positions: Sequence[int], seed: int) -> Tensor:
+    """Blur, colours and grey, drawn for either view of its own: uint8 [B,2,3,H,W] -> normalised."""
+    sides = []
+    for number in (1, 2):
+        rngs = generators(seed, f"view {number}, on the device", positions)
+        sides.append(torch.stack([_changed(one, rng) for one, rng in zip(views[:, number - 1] / 255, rngs)]))
+    return normalize(torch.stack(sides, dim=1))
+
+
 def _snapped(position: int, origin: int) -> int:
     """`position` moved so that it is whole cells from `origin`, and not negative."""
     snapped = (position - origin) // CELL * CELL + origin
@@ -172,3 +191,13 @@ def _cells(pair: Pair, view: int, height: int, width: int) -> np.ndarray:
     if pair.flips[view]:
         columns = width - 1 - columns
     return (np.arange(top, bottom)[:, None] * width + columns).ravel()
+
+
+def _changed(image: Tensor, rng: Generator) -> Tensor:
+    """Blur with probability 0.5, colours with 0.8, grey with 0.2: float [3,H,W] in [0,1]."""
+    blurred, coloured, grey = rng.random(3)
+    if blurred < 0.5:
+        image = functional.gaussian_blur(image, [BLUR_KERNEL, BLUR_KERNEL], [BLUR_SIGMA, BLUR_SIGMA])
+    if coloured < 0.8:
+        image = apply_photometric(image, draw_photometric(rng, JITTER))
+    return functional.rgb_to_grayscale(image, num_output_channels=3) if grey < 0.2 else image

@@ -1,7 +1,8 @@
 """Pictures of what CAC and CPS learn from: who teaches whom where two crops overlap, where two networks disagree."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,78 +11,137 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from cac_cps.crops import CELL, Pair, cut_pair, draw_pair
+from cac_cps.crops import CELL, Pair, augment_views, cut_pair, draw_pair
 from cac_cps.losses import directions
 from cac_cps.setting import Config, protocol_of
-from common.augment import normalize
+from common.augment import denormalize
 from common.datasets.source import Source
 from common.datasets.splits import Split
-from common.evaluation import sample_predictions, save_panel, spread
-from common.inference import evaluation_mode
+from common.errors import UserError
+from common.evaluation import save_panel, spread
+from common.inference import Protocol, evaluation_mode, predict
 from common.run import Run
 from common.seeding import generators
-from common.visual import FAINT, GAP, INK, MARGIN, PAGE, TILE, colourise
+from common.visual import FAINT, GAP, INK, MARGIN, PAGE, TILE, class_entries, colourise, legend
 
 if TYPE_CHECKING:
     from cac_cps.train import CACNetwork
 
-FIRST, SECOND, NEITHER = (31, 119, 180), (255, 127, 14), (205, 205, 210)
-DIFFERENT, SAME = (200, 30, 60), (235, 235, 238)
+COMMON, FIRST, SECOND, NEITHER = (255, 255, 0), (31, 119, 180), (255, 127, 14), (205, 205, 210)
+COLUMNS = ("crop 1", "crop 2", "prediction 1", "prediction 2", "who learns, in crop 1")
+MEANING = (
+    ("both crops show it", COMMON),
+    ("crop 1 learns from crop 2", FIRST),
+    ("crop 2 learns from crop 1", SECOND),
+    ("neither learns", NEITHER),
+)
 
 
-def save_pair_panel(network: "CACNetwork", source: Source, split: Split, config: Config, run: Run) -> None:
-    """The usual panel, and pairs_<step>.png: crops of unlabeled images, what is seen in them, and who learns there."""
-    save_panel(network.segmenter, source, split, run, protocol=protocol_of(config))
-    if not run.is_main or not split.unlabeled:
-        return
-    method, crop = config.method, config.data.crop_size
-    base = method.base_size or max(crop)
-    names = spread(split.unlabeled)
-    rows = []
-    for name, rng in zip(names, generators(config.run.seed, "pictures", range(len(names)))):
-        image = source.read_image(name)
-        pair = draw_pair(rng, image.shape[-2:], crop, base, method.cac.scale_range, method.cac.iou_bound)
-        pair = replace(pair, flips=(False, False))
-        crops = cut_pair(image, pair, crop)
-        confidence, label = _cell_predictions(network, crops.to(run.device))
-        shown = [_outlined(picture, area) for picture, area in zip(crops, pair.overlaps)]
-        shown += [_enlarged(colourise(one, source.palette)) for one in label]
-        rows.append([*shown, _enlarged(_teaching(pair, confidence, method.cac.pos_thresh_value))])
-    columns = ("crop 1", "crop 2", "prediction 1", "prediction 2", "who learns, in crop 1")
-    note = "In the common area: blue, crop 1 learns from 2; orange, crop 2 learns from 1; grey, neither is confident."
-    _save(_page(rows, columns, names, f"{run.folder.name}, step {run.step}: pairs of crops", note), "pairs", run)
+@dataclass(frozen=True)
+class Shown:
+    """A pair of crops of an image: how they are seen, float [2,3,H,W] in [0,1], and each cell's class, [2,h,w]."""
+
+    name: str
+    pair: Pair
+    crops: Tensor
+    label: Tensor
+    confidence: Tensor
 
 
 def save_disagreement_panel(
     networks: Sequence[nn.Module], source: Source, split: Split, config: Config, run: Run
 ) -> None:
-    """The usual panel of network 1, and networks_<step>.png: both networks' predictions and where they disagree."""
+    """The usual panel of network 1, with network 2's prediction and where the two disagree (light)."""
     protocol = protocol_of(config)
-    save_panel(networks[0], source, split, run, protocol=protocol)
-    if not run.is_main:
+    maps = partial(_second_opinion, networks, protocol)
+    save_panel(networks[0], source, split, run, maps=maps, protocol=protocol)
+
+
+def save_pair_panel(network: "CACNetwork", source: Source, split: Split, config: Config, run: Run) -> None:
+    """The usual panel, and pairs_<step>.png: crops of unlabeled images, what is seen in them, and who learns there."""
+    save_panel(network.segmenter, source, split, run, protocol=protocol_of(config))
+    if not run.is_main or run.is_asked_to_stop():
         return
-    names = [*spread(split.valid), *spread(split.unlabeled)]
-    both = (sample_predictions(network, source, names, protocol, run.device, False) for network in networks)
-    rows, notes = [], []
-    for first, second in zip(*both):
-        differs = (first.prediction != second.prediction).numpy()
-        pictures = [first.image.permute(1, 2, 0).numpy()]
-        pictures += [colourise(sample.prediction, source.palette) for sample in (first, second)]
-        rows.append([*pictures, np.where(differs[..., None], DIFFERENT, SAME).astype(np.uint8)])
-        notes.append(f"{first.name}: different on {100 * differs.mean():.1f} % of the pixels")
-    columns = ("image", "network 1", "network 2", "disagreement")
-    title = f"{run.folder.name}, step {run.step}: valid, then unlabeled images"
-    remark = "Red: either network's class is the other one's pseudo-label."
-    _save(_page(rows, columns, notes, title, remark), "networks", run)
+    pairs = list(_shown_pairs(network, source, spread(split.unlabeled), config, run))
+    if not pairs:
+        return
+    path = run.picture_path().with_name(f"pairs_{run.step:08d}.png")
+    title = f"{run.folder.name}, step {run.step}: pairs of crops, changed as for training but not mirrored"
+    try:
+        _page(pairs, source, config.method.cac.pos_thresh_value, title).save(path)
+    except OSError as error:
+        run.log.say(f"warning: picture {path} could not be written ({error.strerror}); going on")
+
+
+def _second_opinion(networks: Sequence[nn.Module], protocol: Protocol, image: Tensor) -> Mapping[str, Tensor]:
+    """What network 2 says of an image uint8 [1,3,H,W], and where network 1 says something else: [1,H,W] each."""
+    first, second = (predict(network, image, tuple(image.shape[-2:]), protocol).argmax(1) for network in networks)
+    return {"network 2": second, "disagreement": first != second}
+
+
+def _shown_pairs(
+    network: "CACNetwork", source: Source, names: Sequence[str], config: Config, run: Run
+) -> Iterator[Shown]:
+    """A pair of crops of every image, the same at every step of a run."""
+    method, crop, seed = config.method, config.data.crop_size, config.run.seed
+    base = method.base_size or max(crop)
+    for number, (name, rng) in enumerate(zip(names, generators(seed, "pictures", range(len(names))))):
+        try:
+            image = source.read_image(name)
+        except UserError:
+            if source.skip_bad_files:  # training tells them
+                continue
+            raise
+        pair = draw_pair(rng, image.shape[-2:], crop, base, method.cac.scale_range, method.cac.iou_bound)
+        pair = replace(pair, flips=(False, False))
+        views = augment_views(cut_pair(image, pair, crop)[None], [number], seed)[0]
+        confidence, label = _cell_predictions(network, views.to(run.device))
+        yield Shown(name, pair, denormalize(views), label, confidence)
 
 
 @torch.no_grad()
-def _cell_predictions(network: "CACNetwork", crops: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence and class [2,h,w] of every cell of two crops uint8 [2,3,H,W], on the CPU."""
+def _cell_predictions(network: "CACNetwork", views: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidence and class [2,h,w] of every cell of two views, normalised [2,3,H,W], on the CPU."""
     with evaluation_mode(network):
-        cells = F.avg_pool2d(network.segmenter.features(normalize(crops)), 2)
+        cells = F.avg_pool2d(network.segmenter.features(views), 2)
         confidence, label = network.segmenter.classifier(cells).float().softmax(1).max(1)
     return confidence.cpu(), label.cpu()
+
+
+def _page(pairs: Sequence[Shown], source: Source, threshold: float, title: str) -> Image.Image:
+    """Every pair in a row of pictures, the class colours and what the others mean below."""
+    height = round(TILE * pairs[0].crops.shape[2] / pairs[0].crops.shape[3])
+    title_font, font, small = (ImageFont.load_default(size) for size in (18, 14, 12))
+    width, top = 2 * MARGIN + len(COLUMNS) * (TILE + GAP) - GAP, MARGIN + 56
+    entries = class_entries([shown.label for shown in pairs], source.palette, source.classes)
+    keys = [legend(each, width - 2 * MARGIN) for each in (MEANING, entries)]
+    page = Image.new("RGB", (width, top + (height + 30) * len(pairs) + sum(key.height for key in keys) + GAP), PAGE)
+    draw = ImageDraw.Draw(page)
+    draw.text((MARGIN, MARGIN - 4), title, INK, title_font)
+    lefts = [MARGIN + index * (TILE + GAP) for index in range(len(COLUMNS))]
+    for left, column in zip(lefts, COLUMNS):
+        draw.text((left + TILE / 2, top - 10), column, INK, font, anchor="ms")
+    y = top
+    for shown in pairs:
+        for left, tile in zip(lefts, _tiles(shown, source.palette, threshold, (TILE, height))):
+            page.paste(tile, (left, y))
+        draw.text((MARGIN, y + height + 5), shown.name, FAINT, small)
+        y += height + 30
+    for key in keys:
+        page.paste(key, (MARGIN, y))
+        y += key.height
+    return page
+
+
+def _tiles(shown: Shown, palette: np.ndarray, threshold: float, size: tuple[int, int]) -> list[Image.Image]:
+    """The pictures of a row, (width, height) `size` each."""
+    seen = (shown.crops * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    tiles = [Image.fromarray(one).resize(size, Image.Resampling.LANCZOS) for one in seen]
+    tiles += [Image.fromarray(colourise(one, palette)).resize(size, Image.Resampling.NEAREST) for one in shown.label]
+    for tile, area in zip(tiles, shown.pair.overlaps * 2):
+        _outline(tile, area, shown.crops.shape[-2:])
+    teaching = Image.fromarray(_teaching(shown.pair, shown.confidence, threshold))
+    return [*tiles, teaching.resize(size, Image.Resampling.NEAREST)]
 
 
 def _teaching(pair: Pair, confidence: Tensor, threshold: float) -> np.ndarray:
@@ -95,46 +155,9 @@ def _teaching(pair: Pair, confidence: Tensor, threshold: float) -> np.ndarray:
     return page
 
 
-def _outlined(crop: Tensor, area: tuple[int, int, int, int]) -> np.ndarray:
-    picture = Image.fromarray(crop.permute(1, 2, 0).numpy())
-    top, left, bottom, right = area
+def _outline(tile: Image.Image, area: tuple[int, int, int, int], crop_size: Sequence[int]) -> None:
+    """Draw the border of an area of a crop, (top, left, bottom, right) in its pixels, on the picture of the crop."""
+    scale = (tile.height / crop_size[0], tile.width / crop_size[1])
+    top, left, bottom, right = (round(side * factor) for side, factor in zip(area, scale * 2))
     if bottom > top and right > left:
-        width = max(1, crop.shape[-1] // 100)
-        ImageDraw.Draw(picture).rectangle((left, top, right - 1, bottom - 1), outline=(255, 255, 0), width=width)
-    return np.asarray(picture)
-
-
-def _enlarged(picture: np.ndarray) -> np.ndarray:
-    return picture.repeat(CELL, 0).repeat(CELL, 1)
-
-
-def _page(
-    rows: Sequence[Sequence[np.ndarray]], columns: Sequence[str], notes: Sequence[str], title: str, remark: str
-) -> Image.Image:
-    """Pictures uint8 [H,W,3] in rows, with a note below each row and a remark below the title."""
-    heights = [round(TILE * row[0].shape[0] / row[0].shape[1]) for row in rows]
-    title_font, font, small = (ImageFont.load_default(size) for size in (18, 14, 12))
-    top = MARGIN + 80
-    size = (2 * MARGIN + len(columns) * (TILE + GAP) - GAP, top + sum(heights) + 30 * len(rows) + MARGIN)
-    page = Image.new("RGB", size, PAGE)
-    draw = ImageDraw.Draw(page)
-    draw.text((MARGIN, MARGIN - 4), title, INK, title_font)
-    draw.text((MARGIN, MARGIN + 22), remark, FAINT, small)
-    lefts = [MARGIN + index * (TILE + GAP) for index in range(len(columns))]
-    for left, column in zip(lefts, columns):
-        draw.text((left + TILE / 2, top - 10), column, INK, font, anchor="ms")
-    y = top
-    for row, height, note in zip(rows, heights, notes):
-        for left, picture in zip(lefts, row):
-            page.paste(Image.fromarray(picture).resize((TILE, height), Image.Resampling.NEAREST), (left, y))
-        draw.text((MARGIN, y + height + 5), note, FAINT, small)
-        y += height + 30
-    return page
-
-
-def _save(page: Image.Image, kind: str, run: Run) -> None:
-    path = run.picture_path().with_name(f"{kind}_{run.step:08d}.png")
-    try:
-        page.save(path)
-    except OSError as error:
-        run.log.say(f"warning: picture {path} could not be written ({error.strerror}); going on")
+        ImageDraw.Draw(tile).rectangle((left, top, right - 1, bottom - 1), outline=COMMON, width=3)

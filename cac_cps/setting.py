@@ -7,8 +7,8 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from cac_cps.crops import LongerSideCrop
-from common.augment import PhotometricRanges, ScaleChoiceCrop, apply_photometric_batch, draw_photometric, normalize
+from cac_cps.crops import JITTER, LongerSideCrop
+from common.augment import ScaleChoiceCrop, apply_photometric_batch, draw_photometric, normalize
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets.loaders import Batch, TrainingImages, Transform
 from common.datasets.source import Source
@@ -20,7 +20,6 @@ from common.seeding import generators
 
 STEPS_PER_EPOCH = 1157  # of every dataset and split, as released
 OHEM_THRESHOLD, OHEM_PIXELS = 0.7, 50_000  # of original CPS on Cityscapes; pixels an image
-JITTER = PhotometricRanges(1.0, (0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), blur_probability=0.0)
 
 
 @dataclass

@@ -12,16 +12,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from numpy.random import Generator
 from torch import Tensor, nn
 from torch.profiler import record_function
-from torchvision.transforms.v2 import functional
 
-from cac_cps.crops import CELL, Pair, PairCrop, overlap_cells
+from cac_cps.crops import CELL, Pair, PairCrop, augment_views, overlap_cells
 from cac_cps.losses import context_loss
 from cac_cps.panels import save_pair_panel
 from cac_cps.setting import (
-    JITTER,
     STEPS_PER_EPOCH,
     Config,
     check_unlabeled,
@@ -30,7 +27,6 @@ from cac_cps.setting import (
     make_optimizer,
     protocol_of,
 )
-from common.augment import apply_photometric, draw_photometric, normalize
 from common.config import ModelConfig, parse
 from common.datasets.loaders import Batch, StepBatches, TrainingImages, open_data
 from common.devices import to_device
@@ -40,10 +36,8 @@ from common.losses import cross_entropy, upsample
 from common.models import build_network
 from common.run import Run
 from common.schedules import poly, set_lr
-from common.seeding import generators
 
 EPOCHS = 80  # of the released runs
-BLUR_KERNEL, BLUR_SIGMA = 5, 1.1  # what OpenCV takes for a kernel of 5 pixels
 EMPTY = 255
 
 
@@ -113,25 +107,6 @@ class Bank(nn.Module):
     def recount(self) -> None:
         """Find out how many passes it holds: after loading, or after a step was undone."""
         self.filled = int((self.label[:, 0] != EMPTY).sum())
-
-
-def augment_views(views: Tensor, positions: Sequence[int], config: Config) -> Tensor:
-    """Blur, colours and grey, drawn for either view of its own: uint8 [B,2,3,H,W] -> normalised."""
-    sides = []
-    for number in (1, 2):
-        rngs = generators(config.run.seed, f"view {number}, on the device", positions)
-        sides.append(torch.stack([_changed(one, rng) for one, rng in zip(views[:, number - 1] / 255, rngs)]))
-    return normalize(torch.stack(sides, dim=1))
-
-
-def _changed(image: Tensor, rng: Generator) -> Tensor:
-    """Blur with probability 0.5, colours with 0.8, grey with 0.2: float [3,H,W] in [0,1]."""
-    blurred, coloured, grey = rng.random(3)
-    if blurred < 0.5:
-        image = functional.gaussian_blur(image, [BLUR_KERNEL, BLUR_KERNEL], [BLUR_SIGMA, BLUR_SIGMA])
-    if coloured < 0.8:
-        image = apply_photometric(image, draw_photometric(rng, JITTER))
-    return functional.rgb_to_grayscale(image, num_output_channels=3) if grey < 0.2 else image
 
 
 def select_cells(cells: int, count: int, device: torch.device) -> Tensor | slice:
@@ -261,7 +236,7 @@ def train(config: Config, run: Run) -> None:
                 unlabeled: Batch | None = next(unlabeled_batches) if contrasts else None
             with record_function("augmentation"):
                 image = labeled_input(labeled, config)
-                views = augment_views(unlabeled.image, unlabeled.positions, config) if contrasts else None
+                views = augment_views(unlabeled.image, unlabeled.positions, config.run.seed) if contrasts else None
             with record_function("student"):
                 output = wrapped(image, views)
             with record_function("losses"):

@@ -103,10 +103,10 @@ def panel(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str]
     width = 2 * MARGIN + len(columns) * TILE + (len(columns) - 1) * GAP
     title_font, font, small = (ImageFont.load_default(size) for size in (18, 14, 12))
     title_lines = _wrap(title, title_font, width - 2 * MARGIN)
-    entries = _legend(samples, palette, classes)
-    places, legend_height = _flow(entries, font, width - 2 * MARGIN)
+    maps = [m for s in samples for m in (s.label, s.prediction, s.pseudo_label, *s.maps.values()) if m is not None]
+    key = legend(class_entries(maps, palette, classes), width - 2 * MARGIN)
     top = MARGIN + 24 * len(title_lines) + 32
-    page = Image.new("RGB", (width, top + sum(heights) + 30 * len(samples) + 8 + legend_height + MARGIN), PAGE)
+    page = Image.new("RGB", (width, top + sum(heights) + 30 * len(samples) + key.height + MARGIN), PAGE)
     draw = ImageDraw.Draw(page)
 
     draw.multiline_text((MARGIN, MARGIN - 4), "\n".join(title_lines), INK, title_font, spacing=6)
@@ -123,14 +123,37 @@ def panel(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str]
                 draw.rectangle((left, y, left + TILE - 1, y + height - 1), outline=(210, 210, 215))
         draw.text((MARGIN, y + height + 5), sample.name, FAINT, small)
         y += height + 30
-    y += 8
-    for (name, colour), (x, down) in zip(entries, places):
-        box = (MARGIN + x, y + down, MARGIN + x + SWATCH, y + down + SWATCH)
-        draw.rectangle(box, fill=colour, outline=FAINT)
-        draw.text((box[2] + 6, y + down + SWATCH / 2), name, INK, font, anchor="lm")
+    page.paste(key, (MARGIN, y))
     if "confidence" in columns:
-        _confidence_key(page, draw, lefts[columns.index("confidence")], y - 26, small)
+        _confidence_key(page, draw, lefts[columns.index("confidence")], y - 18, small)
     return page
+
+
+def class_entries(
+    maps: Sequence[Tensor | np.ndarray], palette: np.ndarray, classes: Sequence[str]
+) -> list[tuple[str, tuple]]:
+    """Names and colours of the classes that occur in maps of class ids; bool maps have none.
+
+    Args:
+        palette: uint8 [256,3].
+        classes: Names, by class id.
+    """
+    present = np.unique(np.concatenate([np.unique(m) for m in map(np.asarray, maps) if m.dtype != bool]))
+    colours = _with_ignore(palette)
+    names = dict(enumerate(classes)) | {IGNORE: "ignore"}
+    return [(names[index], tuple(colours[index].tolist())) for index in present.tolist()]
+
+
+def legend(entries: Sequence[tuple[str, tuple]], width: int) -> Image.Image:
+    """Swatches with the names of their colours, in lines of at most `width` pixels."""
+    font = ImageFont.load_default(14)
+    places, height = _flow(entries, font, width)
+    strip = Image.new("RGB", (width, height + 2 * GAP), PAGE)
+    draw = ImageDraw.Draw(strip)
+    for (name, colour), (x, y) in zip(entries, places):
+        draw.rectangle((x, y + GAP, x + SWATCH, y + GAP + SWATCH), fill=colour, outline=FAINT)
+        draw.text((x + SWATCH + 6, y + GAP + SWATCH / 2), name, INK, font, anchor="lm")
+    return strip
 
 
 def curve(metrics_file: Path, out: Path) -> None:
@@ -250,15 +273,7 @@ def _confidence_key(page: Image.Image, draw: ImageDraw.ImageDraw, left: int, y: 
     draw.text((left + TILE - 10, y + 4), "1", FAINT, font, anchor="mm")
 
 
-def _legend(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str]) -> list[tuple[str, tuple]]:
-    maps = [m for s in samples for m in (s.label, s.prediction, s.pseudo_label, *s.maps.values()) if m is not None]
-    present = np.unique(np.concatenate([np.unique(m) for m in map(np.asarray, maps) if m.dtype != bool]))
-    colours = _with_ignore(palette)
-    names = dict(enumerate(classes)) | {IGNORE: "ignore"}
-    return [(names[index], tuple(colours[index].tolist())) for index in present.tolist()]
-
-
-def _flow(entries: list[tuple[str, tuple]], font, width: int) -> tuple[list[tuple[int, int]], int]:
+def _flow(entries: Sequence[tuple[str, tuple]], font, width: int) -> tuple[list[tuple[int, int]], int]:
     """Where each legend entry goes, line by line like text, and the height of all lines."""
     places, x, y = [], 0, 0
     for name, _ in entries:
