@@ -215,22 +215,32 @@ def contrastive_term(
     label: Tensor,
     pseudo_label: Tensor,
     confidence: Tensor,
+    weight: float,
     config: Config,
     run: Run,
 ) -> Tensor:
-    """The contrastive loss of a step's output, after the step's representations have moved the prototypes."""
+    """The contrastive loss of a step's output, after the step's representations have moved the prototypes.
+
+    Args:
+        output: Of `CSSNetwork`.
+        memory: The prototypes.
+        label: int64 [B,H,W].
+        pseudo_label, confidence: [B,H,W] each, of the unlabeled images.
+        weight: Of the loss in this step; with 0 the loss is 0, and only the prototypes move.
+    """
     method = config.method
     representation = output["representation"].float()
     classes = contrastive_labels(label, pseudo_label, confidence, method.weak_threshold, representation.shape[-2:])
+    reduce = partial(run.accelerator.reduce, reduction="sum")
+    if weight == 0:
+        memory.update(representation, classes, method.alpha_p, reduce)
+        return 0.0 * representation.sum()  # the head stays part of the graph: processes expect its gradients
     with torch.no_grad():
         if method.pseudo_label == "ori":
             scores = torch.cat([output["labeled"], output["unlabeled"]]).float()
         else:
             scores = similarity(representation, memory.mean) / method.similarity_temp
-    reduce = partial(run.accelerator.reduce, reduction="sum")
     present = memory.update(representation, classes, method.alpha_p, reduce)
-    if method.max_value == 0:
-        return 0.0 * representation.sum()  # the head stays part of the graph: processes expect its gradients
     samples = sample(
         classes,
         scores.softmax(1),
@@ -349,7 +359,7 @@ def train(config: Config, run: Run) -> None:
                 unlabeled_logits = upsample(output["unlabeled"], size, corners)
                 first, last = ((pseudo_label[:, k], confidence[:, k]) for k in (0, -1))
                 unsupervised = unsupervised_loss(unlabeled_logits, *last, method.un_threshold)
-                contrastive = contrastive_term(output, memory, label, *first, config, run)
+                contrastive = contrastive_term(output, memory, label, *first, weight, config, run)
                 loss = supervised + unsupervised + weight * contrastive
             with record_function("backward"):
                 run.backward(loss)
