@@ -128,7 +128,7 @@ def overlap_cells(pairs: Sequence[Pair], height: int, width: int) -> tuple[np.nd
 def draw_size(rng: Generator, size: Sequence[int], base: int, scale_range: Sequence[float]) -> tuple[int, int]:
     """(height, width) after the longer side became a random whole length in `scale_range` times `base`."""
     height, width = size
-    longer = int(rng.integers(int(scale_range[0] * base), int(scale_range[1] * base), endpoint=True))
+    longer = max(1, int(rng.integers(int(scale_range[0] * base), int(scale_range[1] * base), endpoint=True)))
     other = max(1, int(longer * min(size) / max(size) + 0.5))
     return (longer, other) if height > width else (other, longer)
 

@@ -188,16 +188,30 @@ class SharedConfig:
 T = TypeVar("T")
 NonPositiveFloat = restricted_number_type("NonPositiveFloat", float, ("<=", 0))
 
-# What only a slip of the hand goes beyond; it would end in a machine without memory.
+# What only a slip of the hand goes beyond: crops that a network's last features do not show, and what would end in a
+# machine without memory.
 LARGEST = 2**31 - 1
-LIMITS = {
-    "data.crop_size": 2**14,
-    "data.workers": 2**10,
-    "model.channels": 2**14,
-    "model.rates": 2**10,
-    "optim.batch_size": 2**16,
-    "run.seed": 2**32 - 1,
-    "run.threads": 2**12,
+LIMITS: dict[str, tuple[float, float]] = {
+    "data.crop_size": (16, 2**14),
+    "data.scale_range": (2**-10, 2**6),
+    "data.workers": (0, 2**10),
+    "method.bank_size": (1, 2**16),
+    "method.base_size": (1, 2**14),
+    "method.cac.proj_final_dim": (1, 2**14),
+    "method.cac.scale_range": (2**-10, 2**6),
+    "method.cac.step_save": (0, 2**10),
+    "method.cutmix_boxmask_n_boxes": (1, 2**10),
+    "method.embedding_dim": (1, 2**14),
+    "method.num_negatives": (1, 2**14),
+    "method.num_queries": (1, 2**14),
+    "method.scale_range": (2**-10, 2**6),
+    "method.scales": (2**-10, 2**6),
+    "method.train_scale_array": (2**-10, 2**6),
+    "model.channels": (1, 2**14),
+    "model.rates": (1, 2**10),
+    "optim.batch_size": (1, 2**16),
+    "run.seed": (0, 2**32 - 1),
+    "run.threads": (1, 2**12),
 }
 
 
@@ -367,11 +381,12 @@ def _check_values(config: Any) -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise UserError(f"{key} is {number}; it must be a finite number")
-            most = LIMITS.get(key, LARGEST)
-            if isinstance(number, int) and abs(number) > most:
-                raise UserError(f"{key} is {number}; the most is {most}")
-        if key.endswith(".scale_range") and value[0] > value[1]:
-            raise UserError(f"{key} is [{value[0]}, {value[1]}]; the smaller scale comes first")
+            if isinstance(number, int) or (isinstance(number, float) and key in LIMITS):
+                least, most = LIMITS.get(key, (-LARGEST, LARGEST))
+                if not least <= number <= most:
+                    raise UserError(f"{key} is {number}; it goes from {least:g} to {most:.10g}")
+        if key.endswith(("_range", "_bound")) and value[0] > value[1]:
+            raise UserError(f"{key} is [{value[0]}, {value[1]}]; the smaller one comes first")
     if config.model.bgr and config.model.input_mean is None:
         raise UserError("model.bgr goes with model.input_mean, the mean of the images in that order's network")
     if config.run.steps is None and config.run.epochs is None:

@@ -74,6 +74,11 @@ def changed(section: str, key: str, value) -> dict:
         (changed("optim", "lr", float("nan")), r"optim\.lr"),
         (changed("optim", "batch_size", 0), r"optim\.batch_size"),
         (changed("data", "crop_size", [64]), r"data\.crop_size"),
+        (changed("data", "crop_size", [2, 2]), r"data\.crop_size is 2; it goes from 16 to 16384"),
+        (
+            changed("data", "scale_range", [1.0, 1e300]),
+            r"data\.scale_range is 1e\+300; it goes from 0\.000976562 to 64",
+        ),
         (changed("data", "dataset", "ade20k"), r"data\.dataset.*ade20k"),
         (changed("data", "scale_range", [2.0, 1.0]), r"data\.scale_range"),
         (changed("run", "trackers", "tensorboard"), r"^run\.trackers: Expected a list"),
