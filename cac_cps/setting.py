@@ -57,10 +57,12 @@ class CPS:
 
     Args:
         weight: Weight of the cross pseudo supervision; by default 1.5, on Cityscapes 6, with CutMix 1 and 5.
+        lr: Learning rate at the first step where CPS has another than CAC; by default `optim.lr`.
         ohem: Mine hard pixels in the labeled loss, as original CPS does on Cityscapes.
     """
 
     weight: Optional[NonNegativeFloat] = None
+    lr: Optional[PositiveFloat] = None
     ohem: bool = False
 
 
@@ -97,9 +99,15 @@ class Config:
 
 
 def single_crop(config: Config) -> Transform:
-    """How one crop of an image is cut: labeled images always, unlabeled ones for CPS."""
+    """How one crop of an image is cut: labeled images always, unlabeled ones for CPS.
+
+    Raises:
+        UserError: no scale to choose from.
+    """
     data, method = config.data, config.method
     if method.base_size is None:
+        if not method.scales:
+            raise UserError("method.scales is empty; give one scale or more")
         return ScaleChoiceCrop(data.crop_size, method.scales)
     return LongerSideCrop(data.crop_size, method.base_size, data.scale_range)
 
@@ -129,17 +137,23 @@ def labeled_loss(logits: Tensor, label: Tensor, config: Config) -> Tensor:
     return ohem_cross_entropy(logits, label, OHEM_THRESHOLD, OHEM_PIXELS * len(label))
 
 
-def make_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
-    """One optimizer for all that is trained: backbones at a rate of their own, and norms perhaps without decay."""
-    optim, method = config.optim, config.method
+def make_optimizer(config: Config, network: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
+    """One optimizer for all that is trained: backbones at a rate of their own, and norms perhaps without decay.
+
+    Args:
+        config: The script's.
+        network: All that is trained.
+        lr: In place of `optim.lr`.
+    """
+    optim, method, lr = config.optim, config.method, lr or config.optim.lr
     sides: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in network.named_parameters():
         sides["encoder" in name.split(".")].append(parameter)
     groups = []
     for is_backbone, parameters in sides.items():
-        lr = optim.lr * (method.backbone_lr_scale if is_backbone else 1.0)
         parts = [{"params": parameters}] if method.decay_norms else decay_groups(parameters)
-        groups += [part | {"lr": lr} for part in parts]
+        scale = method.backbone_lr_scale if is_backbone else 1.0
+        groups += [part | {"lr": lr * scale} for part in parts]
     return build_optimizer(optim, groups)
 
 

@@ -165,7 +165,10 @@ def first_contrastive_step(config: Config, run: Run) -> int:
     """How many steps learn from labels alone; a run stated in steps is as long as the papers' 80 epochs."""
     if config.method.cac.supervised:
         return run.total
-    return round(run.total * config.method.cac.epoch_start_unsup / (config.run.epochs or EPOCHS))
+    epochs, begin = config.run.epochs or EPOCHS, config.method.cac.epoch_start_unsup
+    if begin >= epochs:
+        run.log.say(f"warning: labels alone throughout: method.cac.epoch_start_unsup {begin:g}, epochs {epochs}")
+    return round(run.total * begin / epochs)
 
 
 def cells_per_process(config: Config, run: Run) -> int:

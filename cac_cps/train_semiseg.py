@@ -53,7 +53,7 @@ def train(config: Config, run: Run) -> None:
     unlabeled_stream = unlabeled_images(source, split.unlabeled, config, "unlabeled")
 
     network = TwoNetworks(config.model)
-    wrapped, optimizer = run.prepare(network, make_optimizer(config, network))
+    wrapped, optimizer = run.prepare(network, make_optimizer(config, network, config.method.cps.lr))
 
     run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
 

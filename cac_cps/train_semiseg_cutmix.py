@@ -54,7 +54,7 @@ def train(config: Config, run: Run) -> None:
     streams = [unlabeled_images(source, split.unlabeled, config, name) for name in ("unlabeled", "unlabeled, second")]
 
     network = TwoNetworks(config.model)
-    wrapped, optimizer = run.prepare(network, make_optimizer(config, network))
+    wrapped, optimizer = run.prepare(network, make_optimizer(config, network, config.method.cps.lr))
 
     run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
 

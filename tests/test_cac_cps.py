@@ -2,16 +2,26 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from cac_cps.panels import COMMON, save_pair_panel
+from cac_cps.setting import Config
+from cac_cps.train import CACNetwork, first_contrastive_step
+from common.config import load_config
+from common.datasets import open_source
 from common.datasets.shapes import make_shapes
-from common.datasets.splits import read_split
+from common.datasets.splits import Split, read_split
 from common.errors import UserError
 from common.eval_cli import main_eval
+from common.visual import MARGIN, TILE
 from tests.killing import metrics
 from tests.test_processes import torchrun
 
@@ -102,8 +112,10 @@ def test_cityscapes(script, tiny, tmp_path):
     for name, ids in parts.items():
         (lists / f"{name}.txt").write_text("".join(f"leftImg8bit/{i}.png gtFine/{i}.png\n" for i in ids))
     data = ["--data.dataset", "cityscapes", "--data.root", str(root), "--data.split", str(lists / "4")]
-    train(script, tiny(f"cac_cps/{script}.py", *data, "--model.num_classes", "19", "--run.steps", "2"))
-    assert metrics(tmp_path / "run")[-1]["step"] == 2
+    more = ["--model.num_classes", "19", "--run.steps", "2", "--method.cps.lr", "0.0005"]
+    train(script, tiny(f"cac_cps/{script}.py", *data, *more))
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2]
+    assert metrics(tmp_path / "run")[0]["lr"] == pytest.approx(0.001 if script == "train" else 0.0005)
 
 
 def test_labels_alone(tiny, tmp_path):
@@ -118,10 +130,54 @@ def test_the_first_epochs_are_from_labels_alone(tiny, tmp_path):
     assert contrasts == [False] * 2 + [True] * 6
 
 
+def test_a_run_that_ends_before_its_first_contrast_says_so():
+    config, said = load_config(Config, "cac_cps/configs/demo.json"), []
+    run = SimpleNamespace(total=30, log=SimpleNamespace(say=said.append))
+    config.run.steps, config.run.epochs = None, 3
+    assert first_contrastive_step(config, run) >= 30 and "epoch_start_unsup 5, epochs 3" in said[0]
+    config.run.epochs = 30
+    assert first_contrastive_step(config, run) == 5 and len(said) == 1
+
+
+def test_pictures_of_pairs_leave_out_what_cannot_be_read_and_end_with_the_run(tmp_path):
+    """As training does: `data.skip_bad_files`, and a run that is asked to stop."""
+    make_shapes(tmp_path, "voc", train=4, val=1, size=(40, 48))
+    config = load_config(Config, "cac_cps/configs/demo.json")
+    config.data = replace(config.data, root=str(tmp_path), crop_size=(32, 32))
+    config.model = replace(config.model, channels=8)
+    source, (bad, *others) = open_source(config.data), sorted(path.stem for path in (tmp_path / "JPEGImages").iterdir())
+    source.skip_bad_files = True
+    source.image_path(bad).write_bytes(b"no picture")
+    split, network = Split([], [bad, *others], others), CACNetwork(config.model, 8)
+
+    def pictures(stops: bool) -> list[Image.Image]:
+        run = SimpleNamespace(
+            is_main=True,
+            is_asked_to_stop=lambda: stops,
+            picture_path=lambda: tmp_path / "step.png",
+            folder=tmp_path,
+            step=7,
+            device=torch.device("cpu"),
+            accelerator=SimpleNamespace(unwrap_model=lambda network, **_: network),
+        )
+        save_pair_panel(network, source, split, config, run)
+        return [Image.open(path) for path in sorted(tmp_path.glob("*.png"))]
+
+    assert pictures(stops=True) == []
+    pairs, _ = pictures(stops=False)
+    assert pairs.height // (TILE + MARGIN) == 2  # rows
+    first_column = np.asarray(pairs)[:, MARGIN : MARGIN + TILE]
+    assert (first_column == COMMON).all(2).sum() > 2 * TILE
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "told"),
     [
         ("train", ["--data.crop_size", "[36, 32]"], "multiples of 8"),
+        ("train", ["--data.crop_size", "[2, 2]"], "data.crop_size is 2; it goes from 16 to 16384"),
+        ("train", ["--method.cac.step_save", "5000"], "it goes from 0 to 1024"),
+        ("train", ["--method.cac.iou_bound", "[1, 0.1]"], "method.cac.iou_bound is [1.0, 0.1]"),
+        ("train_semiseg", ["--method.base_size", "null", "--method.scales", "[]"], "method.scales is empty"),
         ("train", ["--method.cac.selected_num", "33"], "at most 32"),
         ("train", ["--method.cac.temp", "0"], "method.cac.temp"),
         ("train", ["--method.cac.tmp", "1"], "did you mean --method.cac.temp"),
