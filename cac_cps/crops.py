@@ -149,8 +149,12 @@ class PairCrop:
     scale_range: tuple[float, float]
     iou_bound: tuple[float, float]
 
+    def draw(self, size: Sequence[int], rng: Generator) -> Pair:
+        """A pair of an image of (height, width) `size`."""
+        return draw_pair(rng, size, self.crop_size, self.base, self.scale_range, self.iou_bound)
+
     def __call__(self, image: Tensor, label: None, rng: Generator) -> tuple[Tensor, None, Pair]:
-        pair = draw_pair(rng, image.shape[-2:], self.crop_size, self.base, self.scale_range, self.iou_bound)
+        pair = self.draw(image.shape[-2:], rng)
         return cut_pair(image, pair, self.crop_size), None, pair
 
 

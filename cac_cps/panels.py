@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from cac_cps.crops import CELL, Pair, augment_views, cut_pair, draw_pair
+from cac_cps.crops import CELL, Pair, augment_views, cut_pair
 from cac_cps.losses import directions
-from cac_cps.setting import Config, protocol_of
+from cac_cps.setting import Config, pair_crop, protocol_of
 from common.augment import denormalize
 from common.datasets.source import Source
 from common.datasets.splits import Split
@@ -83,8 +83,7 @@ def _shown_pairs(
     network: "CACNetwork", source: Source, names: Sequence[str], config: Config, run: Run
 ) -> Iterator[Shown]:
     """A pair of crops of every image, the same at every step of a run."""
-    method, crop, seed = config.method, config.data.crop_size, config.run.seed
-    base = method.base_size or max(crop)
+    crop, seed = pair_crop(config), config.run.seed
     for number, (name, rng) in enumerate(zip(names, generators(seed, "pictures", range(len(names))))):
         try:
             image = source.read_image(name)
@@ -92,9 +91,8 @@ def _shown_pairs(
             if source.skip_bad_files:  # training tells them
                 continue
             raise
-        pair = draw_pair(rng, image.shape[-2:], crop, base, method.cac.scale_range, method.cac.iou_bound)
-        pair = replace(pair, flips=(False, False))
-        views = augment_views(cut_pair(image, pair, crop)[None], [number], seed)[0]
+        pair = replace(crop.draw(image.shape[-2:], rng), flips=(False, False))
+        views = augment_views(cut_pair(image, pair, crop.crop_size)[None], [number], seed)[0]
         confidence, label = _cell_predictions(network, views.to(run.device))
         yield Shown(name, pair, denormalize(views), label, confidence)
 

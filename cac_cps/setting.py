@@ -7,7 +7,7 @@ import torch
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from cac_cps.crops import JITTER, LongerSideCrop
+from cac_cps.crops import JITTER, LongerSideCrop, PairCrop
 from common.augment import ScaleChoiceCrop, apply_photometric_batch, draw_photometric, normalize
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets.loaders import Batch, TrainingImages, Transform
@@ -110,6 +110,13 @@ def single_crop(config: Config) -> Transform:
             raise UserError("method.scales is empty; give one scale or more")
         return ScaleChoiceCrop(data.crop_size, method.scales)
     return LongerSideCrop(data.crop_size, method.base_size, data.scale_range)
+
+
+def pair_crop(config: Config) -> PairCrop:
+    """How CAC cuts unlabeled images; without a `base_size` the longer side at scale 1 is the crop's."""
+    data, method = config.data, config.method
+    base = method.base_size or max(data.crop_size)
+    return PairCrop(data.crop_size, base, method.cac.scale_range, method.cac.iou_bound)
 
 
 def labeled_images(source: Source, names: list[str], config: Config) -> TrainingImages:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from cac_cps.crops import CELL, Pair, PairCrop, augment_views, overlap_cells
+from cac_cps.crops import CELL, Pair, augment_views, overlap_cells
 from cac_cps.losses import context_loss
 from cac_cps.panels import save_pair_panel
 from cac_cps.setting import (
@@ -25,6 +25,7 @@ from cac_cps.setting import (
     labeled_images,
     labeled_input,
     make_optimizer,
+    pair_crop,
     protocol_of,
 )
 from common.config import ModelConfig, parse
@@ -205,10 +206,8 @@ def train(config: Config, run: Run) -> None:
     labeled_stream = labeled_images(source, split.labeled, config)
     if not method.supervised:
         check_unlabeled(split.unlabeled, config.data.lists)
-        base = config.method.base_size or max(config.data.crop_size)
-        pairs = PairCrop(config.data.crop_size, base, method.scale_range, method.iou_bound)
         unlabeled_stream = TrainingImages(
-            source, split.unlabeled, pairs, config.run.seed, "unlabeled", with_label=False
+            source, split.unlabeled, pair_crop(config), config.run.seed, "unlabeled", with_label=False
         )
     selected_num = cells_per_process(config, run)
 

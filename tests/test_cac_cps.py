@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cac_cps.crops import draw_size
 from cac_cps.panels import COMMON, save_pair_panel
 from cac_cps.setting import Config
 from cac_cps.train import CACNetwork, first_contrastive_step
@@ -128,6 +129,10 @@ def test_the_first_epochs_are_from_labels_alone(tiny, tmp_path):
     train("train", tiny("cac_cps/train.py", "--run.steps", "8"))
     contrasts = ["loss1" in line for line in metrics(tmp_path / "run") if "loss" in line]
     assert contrasts == [False] * 2 + [True] * 6
+
+
+def test_no_image_is_resized_to_nothing():
+    assert draw_size(np.random.default_rng(0), (10, 20), base=1, scale_range=(0.5, 0.5)) == (1, 1)
 
 
 def test_a_run_that_ends_before_its_first_contrast_says_so():
