@@ -386,7 +386,7 @@ def _check_values(config: Any) -> None:
                 if not least <= number <= most:
                     raise UserError(f"{key} is {number}; it goes from {least:g} to {most:.10g}")
         if key.endswith(("_range", "_bound")) and value[0] > value[1]:
-            raise UserError(f"{key} is [{value[0]}, {value[1]}]; the smaller one comes first")
+            raise UserError(f"{key} is [{value[0]}, {value[1]}]; give the smaller one first")
     if config.model.bgr and config.model.input_mean is None:
         raise UserError("model.bgr goes with model.input_mean, the mean of the images in that order's network")
     if config.run.steps is None and config.run.epochs is None:
