@@ -31,7 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from common.errors import UserError, told
 
-PHASES = ("data", "teacher", "augmentation", "student", "losses", "backward", "optimizer", "teacher update")
+PHASES = ("data", "teacher", "augmentation", "pseudo-labels", "student", "losses", "backward", "optimizer")
+PHASES += ("teacher update",)
 WARM_UP = 3
 
 

@@ -178,15 +178,17 @@ def train(config: Config, run: Run) -> None:
                 )
             with record_function("student"):
                 output = wrapped(normalize(labeled.image), mixed)
-            with record_function("losses"):
+            with record_function("pseudo-labels"):
                 reduce = partial(run.accelerator.reduce, reduction="sum")
                 counts = count_pairs(first.label, second.label, config.model.num_classes, reduce)
+                shared, joined = intersect(first, second), unite(first, second, disagreement(counts))
+            with record_function("losses"):
                 size, corners = labeled.label.shape[-2:], network.first.align_corners
                 logits = {name: upsample(each, size, corners) for name, each in output.items()}
                 supervised1 = labeled_loss(logits["labeled1"], labeled.label, method, class_weight)
                 supervised2 = labeled_loss(logits["labeled2"], labeled.label, method, class_weight)
-                intersection = reweighted_loss(logits["unlabeled1"], intersect(first, second))
-                union = reweighted_loss(logits["unlabeled2"], unite(first, second, disagreement(counts)))
+                intersection = reweighted_loss(logits["unlabeled1"], shared)
+                union = reweighted_loss(logits["unlabeled2"], joined)
                 loss = supervised1 + supervised2 + method.unsup_weight * (intersection + union)
             with record_function("backward"):
                 run.backward(loss)

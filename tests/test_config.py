@@ -1,9 +1,12 @@
 """How a config is read, and how a mistake in one is told."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 
+from benchmarks.accuracy import command
 from common.config import flatten, load_config, parse, to_dict
 from common.errors import UserError
 from prcl.train import Config
@@ -54,6 +57,17 @@ def test_a_split_on_the_command_line_replaces_lists_and_lists_a_split(write):
 def test_a_config_written_and_read_again_is_the_same(write, tmp_path):
     config = parse(Config, "prcl/train.py", ["--config", write(VALID)])
     assert load_config(Config, write(to_dict(config))) == config
+
+
+TABLES = sorted((Path(__file__).parents[1] / "benchmarks" / "tables").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_the_settings_of_every_row_of_the_accuracy_tables_are_accepted(path):
+    table = json.loads(path.read_text())
+    for row in table["rows"].values():
+        script, *arguments = command(row, table.get("set", {}), {}, 0, Path("somewhere"))
+        parse(importlib.import_module(script.removesuffix(".py").replace("/", ".")).Config, script, arguments)
 
 
 def test_flatten_gives_dotted_keys():
