@@ -104,7 +104,8 @@ def main_eval(
         if args.save_pictures:
             mine = names[accelerator.process_index :: accelerator.num_processes]
             samples = sample_predictions(network, source, mine, protocol, accelerator.device)
-            _write_pictures(run / "eval" / "pictures" / name, samples, source)
+            with accelerator.autocast():  # in the precision that was scored
+                _write_pictures(run / "eval" / "pictures" / name, samples, source)
     if len(targets) > 1:
         console.print(_summary(results, source.classes))
         if accelerator.is_main_process:

@@ -23,6 +23,7 @@ SCRIPT = "cpcl/train.py"
 # Six epochs of two steps; snapshots after epochs 2 and 4, counted from 0, and the last.
 EPOCHS = ["--run.steps", "null", "--run.epochs", "6", "--run.steps_per_epoch", "2", "--run.save_every", "12"]
 EPOCHS += ["--run.eval_every", "12", "--run.snapshot_every", "4", "--run.snapshot_from", "6"]
+EPOCHS += ["--run.precision", "bf16"]  # in which predictions differ from those in fp32
 
 
 def test_a_run_leaves_what_is_documented(tiny, tmp_path):
@@ -122,7 +123,7 @@ def scores(run: Path, name: str) -> dict:
     return json.loads((run / "eval" / f"{name}.json").read_text())
 
 
-def test_one_epoch(trained, tmp_path):
+def test_one_epoch(trained, shapes_root, tmp_path):
     output = evaluated(tmp_path, str(trained), "-e", "2", "-s")
     content = scores(trained, "step_00000006")
     assert (content["epoch"], content["step"]) == (2, 6)
@@ -131,12 +132,17 @@ def test_one_epoch(trained, tmp_path):
     without = np.nanmean([np.nan if iou is None else iou for iou in list(content["per_class_iou"].values())[1:]])
     assert content["miou_without_background"] == pytest.approx(without)
     pictures = trained / "eval" / "pictures" / "step_00000006"
+    right = labeled = 0
     for path in sorted((pictures / "ids").iterdir()):
+        label = np.asarray(Image.open(shapes_root / "SegmentationClassAug" / path.name))
+        right += (np.asarray(Image.open(path)) == label).sum()
+        labeled += (label != 255).sum()
         ids, coloured = Image.open(path), Image.open(pictures / "prediction" / path.name)
         assert (ids.mode, coloured.mode) == ("L", "P") and np.array_equal(ids, coloured)
         beside = np.asarray(Image.open(pictures / "side_by_side" / path.name))
         assert beside.shape == (48, 3 * 64 + 30, 3)
     assert len(list((pictures / "ids").iterdir())) == 7
+    assert content["pixel_accuracy"] == pytest.approx(right / labeled, rel=1e-12)  # what is written is what was scored
 
 
 def test_a_range_in_order_with_missing_ends_and_the_best_marked(trained, tmp_path):
