@@ -69,7 +69,8 @@ def main_eval(
     data = load_config(config_class, args.config).data if args.config else config.data
     source = _open_source(data, config.model, run, accelerator)
     names = split_of(data, source).valid
-    console.print(f"run {run}" + ("" if args.run else f" (the newest of {paper})"))
+    is_newest = args.run is None and run_around(args.which) is None and config_file == run / "config.json"
+    console.print(f"run {run}" + (f" (the newest of {paper})" if is_newest else ""))
     console.print(f"{len(names)} images of {data.lists}, {accelerator.num_processes} process(es), {accelerator.device}")
     for note in notes:
         console.print(f"note: {note}")

@@ -192,7 +192,8 @@ def test_a_released_file_with_a_config_and_no_run(trained, tmp_path):
     evaluated(tmp_path, str(trained), "-e", "last")
     evaluated(tmp_path, str(trained), "-e", "last", "--network", "2")
     for network, suffix in (("1", ""), ("2", "_network2")):
-        evaluated(tmp_path, "-e", "released.pth", "--config", "mine.json", "--network", network)
+        output = evaluated(tmp_path, "-e", "released.pth", "--config", "mine.json", "--network", network)
+        assert "the newest" not in output
         theirs = scores(tmp_path / "runs" / "cpcl" / "mine", f"released{suffix}")
         assert theirs["per_class_iou"] == scores(trained, f"last{suffix}")["per_class_iou"]
 
