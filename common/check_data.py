@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from common import IGNORE
-from common.config import DataConfig, SharedConfig, flatten, load_config, to_dict
+from common.config import DataConfig, SharedConfig, flatten, load_config, seed_split, to_dict
 from common.datasets import Source, open_source
 from common.datasets.splits import Split, split_of
 from common.errors import UserError
@@ -165,7 +165,7 @@ def _say(console: Console, line: str) -> None:
 
 
 def read_config(argv: Sequence[str]) -> SharedConfig:
-    """The sections `data` and `model` of the file after `--config`, with `--dotted.overrides`; others are left out.
+    """Sections `data`, `model` and `run` of the file after `--config`, with `--dotted.overrides`; no others.
 
     Raises UserError as `common.config.load_config`.
     """
@@ -181,7 +181,9 @@ def read_config(argv: Sequence[str]) -> SharedConfig:
         sections = parser.instantiate(parser.parse_args(overrides))
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
-    return SharedConfig(sections.data, sections.model)
+    config = SharedConfig(sections.data, sections.model, sections.run)
+    seed_split(config)
+    return config
 
 
 def main(argv: Sequence[str] | None = None) -> None:

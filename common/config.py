@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -27,6 +28,9 @@ from jsonargparse.typing import (
     PositiveInt,
     restricted_number_type,
 )
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from common.errors import UserError
 
@@ -36,11 +40,17 @@ class DataConfig:
     """Images, labels and which of them are labeled.
 
     Args:
-        dataset: Kind of dataset tree under `root`; `shapes` is the built-in one, made on first use.
+        dataset: Kind of dataset tree under `root`; `shapes` is the built-in one, made on first use; `pascal` and
+            `pascal_voc` are other words for `voc`.
         root: Folder of the dataset.
-        split: Folder of the lists {labeled,unlabeled,valid}_filename.txt; either this or `labeled_list`.
+        split: Folder of the lists {labeled,unlabeled,valid}_filename.txt; either this, `labeled_list` or `split_id`.
         labeled_list: File with the labeled images; those for validation are then the dataset's own.
         unlabeled_list: File with the unlabeled images; by default all others for training.
+        split_id: An order of the images for training, of which the first are labeled: 0, 1 and 2 are stored in
+            `order_dir`, as memory bank published them, all above 2 are random.
+        labeled_samples: With `split_id`: number of labeled images.
+        order_dir: With `split_id`: folder of split_0.pkl, split_1.pkl and split_2.pkl.
+        split_seed: With `split_id`: seed of the random orders; by default `run.seed`.
         crop_size: Height and width of a training crop, in pixels.
         scale_range: Smallest and largest random scale of a labeled image.
         allow_overlap: Accept images that are in the labeled and in the unlabeled list.
@@ -51,11 +61,15 @@ class DataConfig:
         classes: `folder` only: text file with a class name a line, in the order of the ids, relative to `root`.
     """
 
-    dataset: Literal["voc", "cityscapes", "gta5", "folder", "shapes"]
+    dataset: Literal["voc", "pascal", "pascal_voc", "cityscapes", "gta5", "folder", "shapes"]
     root: str
     split: Optional[str] = None
     labeled_list: Optional[str] = None
     unlabeled_list: Optional[str] = None
+    split_id: Optional[NonNegativeInt] = None
+    labeled_samples: Optional[PositiveInt] = None
+    order_dir: Optional[str] = None
+    split_seed: Optional[NonNegativeInt] = None
     crop_size: tuple[PositiveInt, PositiveInt] = (321, 321)
     scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
     allow_overlap: bool = False
@@ -65,10 +79,15 @@ class DataConfig:
     label_dir: str = "labels"
     classes: str = "classes.txt"
 
+    def __post_init__(self) -> None:
+        if self.dataset in ("pascal", "pascal_voc"):
+            self.dataset = "voc"
+
     @property
     def lists(self) -> str:
         """What says which images are labeled, for messages."""
-        return self.split or self.labeled_list or "data without lists"
+        by_id = None if self.split_id is None else f"split id {self.split_id} with {self.labeled_samples} labels"
+        return self.split or self.labeled_list or by_id or "data without lists"
 
 
 @dataclass
@@ -183,17 +202,40 @@ class SharedConfig:
 
     data: DataConfig
     model: ModelConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What a config file of a paper's release says, in our words.
+
+    A config class whose paper released config files reads them with a static method `from_released(text)`: it gets the
+    text of any file after `--config`, tells by its content whether it is one of the release, whatever its format, and
+    returns a `Translation`, or None where it is not. It raises UserError for what it does not know.
+
+    Attributes:
+        values: The sections of our config, as our JSON files have them.
+        rows: Each of their keys, its value, and what became of it, for the table that is printed.
+        runs: Folder for runs, where theirs names one; by default runs/<paper>.
+    """
+
+    values: dict[str, Any]
+    rows: list[tuple[str, str, str]]
+    runs: str | None = None
 
 
 T = TypeVar("T")
 NonPositiveFloat = restricted_number_type("NonPositiveFloat", float, ("<=", 0))
 
+# Keys of `data` of which one excludes the others', with those that go with it.
+KINDS_OF_LISTS = (("split",), ("labeled_list", "unlabeled_list"), ("split_id", "labeled_samples", "split_seed"))
 # What only a slip of the hand goes beyond: crops that a network's last features do not show, and what would end in a
 # machine without memory.
 LARGEST = 2**31 - 1
 LIMITS: dict[str, tuple[float, float]] = {
     "data.crop_size": (16, 2**14),
     "data.scale_range": (2**-10, 2**6),
+    "data.split_seed": (0, 2**32 - 1),
     "data.workers": (0, 2**10),
     "method.bank_size": (1, 2**16),
     "method.base_size": (1, 2**14),
@@ -219,7 +261,7 @@ def parse(config_class: type[T], script: str, argv: list[str] | None = None) -> 
     """Read a script's config from the command line: `--config FILE` and `--section.key value`.
 
     Args:
-        config_class: Dataclass of the script, made of the sections above and its own `method`.
+        config_class: Dataclass of the script, made of the sections above and its own `method`; see `Translation`.
         script: `prcl/train.py` say. By default runs of a paper's `train.py` go to runs/<paper>/<name of the config
             file>, those of its other scripts to runs/<paper>/<script>/<name of the config file>.
         argv: Arguments; by default those of the process.
@@ -231,16 +273,74 @@ def parse(config_class: type[T], script: str, argv: list[str] | None = None) -> 
     parser = ArgumentParser(prog=script, exit_on_error=False, allow_abbrev=False, parser_mode="json")
     parser.add_argument("--config", action=ActionConfigFile, help="JSON file with the config.")
     parser.add_class_arguments(config_class)
-    for path in _given_files(argv):
-        _check_keys(config_class, _read_json(path), path)
-    config = _parse(parser, config_class, lambda: parser.parse_args(argv))
+    files = {path: read_config(config_class, path) for path in _given_files(argv)}
+    for path, read in files.items():
+        _check_keys(config_class, read.values, path)
+    arguments = _with_contents(argv, {path: json.dumps(read.values) for path, read in files.items()})
+    config = _parse(parser, config_class, lambda: parser.parse_args(arguments))
     _let_the_command_line_win(config, {argument.split("=")[0] for argument in argv})
     if config.run.dir is None:
-        names = [Path(path).stem for path in _given_files(argv)]
-        place = Path("runs", script.removesuffix("/train.py").removesuffix(".py"))
-        config.run.dir = str(place / (names[-1] if names else "default"))
+        config.run.dir = str(_run_folder(script, files))
+    seed_split(config)
     _check_values(config)
     return config
+
+
+def seed_split(config: Any) -> None:
+    """A random split without a seed of its own gets the run's."""
+    if config.data.split_id is not None and config.data.split_seed is None:
+        config.data.split_seed = config.run.seed
+
+
+def read_config(config_class: type, path: str | Path) -> Translation:
+    """A config file in our words: as it is, or as `config_class` translates it, which is printed.
+
+    Raises:
+        UserError: unreadable file, not JSON, or something in it that the translation does not know.
+    """
+    text = _read_text(path)
+    translate = getattr(config_class, "from_released", lambda text: None)
+    try:
+        translation = translate(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if translation is None:
+        return Translation(_as_json(text, path), [])
+    show_translation(translation, path)
+    return translation
+
+
+def show_translation(translation: Translation, path: str | Path) -> None:
+    """Print what became of every key of a released file, in the first process of a run."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    table = Table("theirs", "value", "here", title=f"{path}, in our words", title_justify="left")
+    for row in translation.rows:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+def read_commented_json(text: str) -> Any:
+    """What JSON with comments (`#` or `//` to the end of a line) and commas after the last item holds.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    string = r'"(?:\\.|[^"\\])*"'
+    text = re.sub(rf"({string})|(?:#|//)[^\n]*", lambda found: found[1] or "", text)
+    return json.loads(re.sub(rf"({string})|,(?=\s*[}}\]])", lambda found: found[1] or "", text))
+
+
+def sections_of(flat: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as nested sections: what `flatten` undoes."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, name = key.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = value
+    return nested
 
 
 def load_config(config_class: type[T], path: str | Path, only_known: bool = False) -> T:
@@ -254,7 +354,12 @@ def load_config(config_class: type[T], path: str | Path, only_known: bool = Fals
     Raises:
         UserError: as `parse`.
     """
-    values = _read_json(path)
+    values = read_config(config_class, path).values
+    return config_of(config_class, values, path, only_known)
+
+
+def config_of(config_class: type[T], values: dict[str, Any], path: str | Path, only_known: bool = False) -> T:
+    """The config that `values`, read from `path`, hold; arguments and errors as `load_config`."""
     if only_known:
         names = {field.name for field in dataclasses.fields(config_class)}
         values = {key: value for key, value in values.items() if key in names}
@@ -301,10 +406,12 @@ def _let_the_command_line_win(config: Any, given: set[str]) -> None:
         config.run.epochs = None
     elif length == {"--run.epochs"}:
         config.run.steps = None
-    if "--data.split" in given and not given & {"--data.labeled_list", "--data.unlabeled_list"}:
-        config.data.labeled_list = config.data.unlabeled_list = None
-    elif "--data.labeled_list" in given and "--data.split" not in given:
-        config.data.split = None
+    for kind in KINDS_OF_LISTS:
+        if f"--data.{kind[0]}" in given:
+            for other in KINDS_OF_LISTS:
+                if other is not kind and not given & {f"--data.{key}" for key in other}:
+                    for key in other:
+                        setattr(config.data, key, None)
 
 
 def _make_plain(section: Any) -> None:
@@ -329,14 +436,15 @@ def _plain(message: str, parser: ArgumentParser) -> str:
     if message.startswith("unrecognized arguments:"):
         key = message.split(":", 1)[1].split()[0].split("=")[0]
         known = ["--" + action.dest for action in parser._actions]
-        return f"unknown argument {key}{_nearest(key, known)}"
+        return f"unknown argument {key}{nearest(key, known)}"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Subtypes", "Errors", "Given value type", "Does not"))]
     text = re.sub(r'^Parser key "([^"]+)":;? ?', r"\1: ", "; ".join(told))
     return re.sub(r"<class '([\w.]+)'>", r"\1", text)
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown key: the known one that was meant, if any is like it."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -346,11 +454,37 @@ def _given_files(argv: list[str]) -> list[str]:
     return files + [argument.split("=", 1)[1] for argument in argv if argument.startswith("--config=")]
 
 
-def _read_json(path: str | Path) -> dict[str, Any]:
+def _with_contents(argv: list[str], contents: dict[str, str]) -> list[str]:
+    """The arguments with the content of config files in place of their paths."""
+    flags = ["", *argv]
+    replaced = [contents[value] if flag == "--config" else value for flag, value in pairwise(flags)]
+    return [
+        f"--config={contents[value.removeprefix('--config=')]}" if value.startswith("--config=") else value
+        for value in replaced
+    ]
+
+
+def _run_folder(script: str, files: dict[str, Translation]) -> Path:
+    """<runs>/<name of the config file>, of other scripts than train.py <runs>/<script>/<name>."""
+    paper, name = script.removesuffix(".py").split("/")
+    last = list(files)[-1] if files else "default"
+    runs = files[last].runs if files else None
+    place = Path(runs or Path("runs", paper))
+    return (place if name == "train" else place / name) / Path(last).stem
+
+
+def _read_text(path: str | Path) -> str:
     try:
-        values = json.loads(Path(path).read_text())
+        return Path(path).read_text()
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"config {path} is no text: {error}") from None
+
+
+def _as_json(text: str, path: str | Path) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
     except ValueError as error:
         raise UserError(f"config {path} is not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -363,7 +497,7 @@ def _check_keys(config_class: type, values: dict[str, Any], path: str | Path, pr
     fields = {field.name: field.type for field in dataclasses.fields(config_class)}
     for key, value in values.items():
         if key not in fields:
-            close = _nearest(prefix + key, [prefix + name for name in fields])
+            close = nearest(prefix + key, [prefix + name for name in fields])
             raise UserError(f"unknown key {prefix}{key} in {path}{close}")
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):

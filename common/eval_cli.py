@@ -23,7 +23,7 @@ from torch import Tensor
 from common.config import DataConfig, ModelConfig, load_config
 from common.datasets import open_source
 from common.datasets.source import Source
-from common.datasets.splits import split_of
+from common.datasets.splits import valid_of
 from common.errors import UserError, told
 from common.evaluation import evaluate, sample_predictions
 from common.inference import MeanOfNetworks, Protocol
@@ -68,7 +68,7 @@ def main_eval(
     ((targets, notes),) = broadcast_object_list(found)
     data = load_config(config_class, args.config).data if args.config else config.data
     source = _open_source(data, config.model, run, accelerator)
-    names = split_of(data, source).valid
+    names = valid_of(data, source)
     is_newest = args.run is None and run_around(args.which) is None and config_file == run / "config.json"
     console.print(f"run {run}" + (f" (the newest of {paper})" if is_newest else ""))
     console.print(f"{len(names)} images of {data.lists}, {accelerator.num_processes} process(es), {accelerator.device}")

@@ -52,6 +52,18 @@ def test_a_split_on_the_command_line_replaces_lists_and_lists_a_split(write):
     assert (data.split, data.labeled_list, data.unlabeled_list, data.lists) == ("s", None, None, "s")
     data = parse(Config, "prcl/train.py", ["--config", write(VALID), "--data.labeled_list", "a.txt"]).data
     assert (data.split, data.labeled_list, data.lists) == (None, "a.txt", "a.txt")
+    by_id = ["--data.split_id", "3", "--data.labeled_samples", "9"]
+    data = parse(Config, "prcl/train.py", ["--config", path, *by_id, "--run.seed", "8"]).data
+    assert (data.labeled_list, data.split_id, data.labeled_samples, data.split_seed) == (None, 3, 9, 8)
+    path = write(VALID | {"data": VALID["data"] | {"split": None, "split_id": 3, "labeled_samples": 9}})
+    data = parse(Config, "prcl/train.py", ["--config", path, "--data.split", "s"]).data
+    assert (data.split, data.split_id, data.labeled_samples) == ("s", None, None)
+
+
+def test_the_release_calls_voc_pascal(write):
+    path = write(changed("data", "dataset", "pascal_voc"))
+    assert parse(Config, "prcl/train.py", ["--config", path]).data.dataset == "voc"
+    assert parse(Config, "prcl/train.py", ["--config", path, "--data.dataset", "pascal"]).data.dataset == "voc"
 
 
 def test_a_config_written_and_read_again_is_the_same(write, tmp_path):

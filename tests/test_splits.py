@@ -1,5 +1,6 @@
 """Splits: lists are read as people write them, made the same for ever, and never written over."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from common.datasets.splits import (
     complete,
     read_split,
     split_of,
+    valid_of,
     write_split,
 )
 from common.datasets.voc import VOC
@@ -298,3 +300,55 @@ def test_lists_of_paths_name_the_images_of_any_tree(tmp_path):
     lists = {"labeled_list": str(tmp_path / "cps.txt"), "unlabeled_list": str(tmp_path / "others.txt")}
     split = split_of(DataConfig("cityscapes", str(tmp_path), **lists), source)
     assert (split.labeled, split.unlabeled) == (names[:2], names[2:])
+
+
+# ---- stored and random orders ----
+
+
+def by_order(root: Path, split_id: int, labeled: int, **more) -> DataConfig:
+    return DataConfig("voc", str(root), split_id=split_id, labeled_samples=labeled, split_seed=5, **more)
+
+
+def test_the_first_of_an_order_are_labeled(tmp_path):
+    root, order = voc_tree(tmp_path / "voc"), np.random.RandomState(0).permutation(40)
+    (tmp_path / "split_2.pkl").write_bytes(pickle.dumps(order, protocol=3))
+    source, released = VOC(root), [NAMES[index] for index in order]
+    split = split_of(by_order(root, 2, 15, order_dir=str(tmp_path)), source)
+    assert (split.labeled, split.unlabeled, split.valid) == (released[:15], released[15:], source.names("val"))
+    randoms = [split_of(by_order(root, split_id, 15), source) for split_id in (3, 4, 3)]
+    assert randoms[0] == randoms[2] and randoms[0].labeled != randoms[1].labeled
+    assert sorted(randoms[1].labeled + randoms[1].unlabeled) == NAMES
+    assert split_of(by_order(root, 3, 9), source).labeled == randoms[0].labeled[:9]
+
+
+def test_built_in_data_have_random_orders(shapes_root):
+    data = DataConfig("shapes", str(shapes_root), split_id=3, labeled_samples=5, split_seed=0)
+    split = split_of(data, open_source(data))
+    assert (len(split.labeled), len(split.unlabeled), len(split.valid)) == (5, 19, 7)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"split_id": 0, "order_dir": "{}/none"}, r"no stored order .*split_0\.pkl: copy the released"),
+        ({"split_id": 1}, r"set data\.order_dir to the folder of split_1\.pkl"),
+        ({"split_id": 2, "order_dir": "{}"}, r"split_2\.pkl orders 3 images, but .* has 40 for training"),
+        ({"split_id": 3, "labeled_samples": 41}, r"data\.labeled_samples is 41, but .* has 40"),
+        ({"split_id": 3, "labeled_samples": None}, "go together"),
+        ({"split_id": None}, "states one of"),
+        ({"split_id": 3, "split": "somewhere"}, "states one of"),
+        ({"split_id": 3, "unlabeled_list": "somewhere"}, "goes with data.labeled_list"),
+    ],
+)
+def test_wrong_split_ids_are_told(tmp_path, values, message):
+    root = voc_tree(tmp_path / "voc")
+    (tmp_path / "split_2.pkl").write_bytes(pickle.dumps(np.arange(3)))
+    values = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in values.items()}
+    data = DataConfig(**{"dataset": "voc", "root": str(root), "labeled_samples": 4, "split_seed": 0} | values)
+    with pytest.raises(UserError, match=message):
+        split_of(data, VOC(root))
+
+
+def test_validation_needs_no_stored_order(tmp_path):
+    root = voc_tree(tmp_path / "voc")
+    assert valid_of(by_order(root, 0, 4), VOC(root)) == VOC(root).names("val")

@@ -6,7 +6,8 @@ published are read: <root>/<labels>_train_supervised.txt, <labels>_train_unsuper
 an image and its label a line.
 
 A config may also name a list of labeled and one of unlabeled images, as CPS published them: an id a line, or the paths
-of an image and its label.
+of an image and its label; or the number of an order of all images for training, as memory bank published them, and how
+many of the first ones are labeled.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import numpy as np
 
 from common import IGNORE
 from common.config import DataConfig
+from common.datasets.orders import order_of
 from common.datasets.source import Source, read_lines
 from common.errors import UserError
 
@@ -36,21 +38,29 @@ class Split:
 
 
 def split_of(data: DataConfig, source: Source, allow_overlap: bool | None = None) -> Split:
-    """The lists that a config names: those of its split, or `labeled_list`, `unlabeled_list` and the dataset's own.
+    """The lists that a config names: those of its split, `labeled_list` and `unlabeled_list`, or `split_id`.
+
+    With the last two, images for validation are the dataset's own.
 
     Args:
         data: The config's section.
         source: Of these data.
         allow_overlap: In place of the config's.
 
-    Raises UserError as `read_split`, and where both or neither kind is named.
+    Raises UserError as `read_split` and `order_of`, and where not exactly one kind is named.
     """
     allow_overlap = data.allow_overlap if allow_overlap is None else allow_overlap
-    if (data.split is None) == (data.labeled_list is None):
-        raise UserError("a config states one of data.split and data.labeled_list; set the other to null")
+    if sum(kind is not None for kind in (data.split, data.labeled_list, data.split_id)) != 1:
+        raise UserError(
+            "a config states one of data.split, data.labeled_list and data.split_id; set the others to null"
+        )
+    if data.unlabeled_list is not None and data.labeled_list is None:
+        raise UserError("data.unlabeled_list goes with data.labeled_list alone")
+    if (data.labeled_samples is None) != (data.split_id is None):
+        raise UserError("data.split_id and data.labeled_samples, the number of labeled images, go together")
+    if data.split_id is not None:
+        return _first_of_order(data, source)
     if data.split is not None:
-        if data.unlabeled_list is not None:
-            raise UserError("data.unlabeled_list goes with data.labeled_list, not with data.split")
         return read_split(data.split, allow_overlap, data.dataset, data.root)
     paths = {"labeled": Path(data.labeled_list).expanduser()}
     labeled = _read_ids(paths["labeled"], source)
@@ -59,6 +69,11 @@ def split_of(data: DataConfig, source: Source, allow_overlap: bool | None = None
         paths["unlabeled"] = Path(data.unlabeled_list).expanduser()
         split = replace(split, unlabeled=_read_ids(paths["unlabeled"], source))
     return _checked(split, data.lists, lambda kind: paths.get(kind, source.layout), allow_overlap)
+
+
+def valid_of(data: DataConfig, source: Source) -> list[str]:
+    """The images for validation. Unlike `split_of` it needs no stored order, which does not concern them."""
+    return _own_valid(source) if data.split_id is not None else split_of(data, source).valid
 
 
 def read_split(folder: str | Path, allow_overlap: bool = False, dataset: str = "DATASET", root: str = "ROOT") -> Split:
@@ -128,11 +143,25 @@ def complete(source: Source, labeled: Sequence[str]) -> Split:
 
     Raises UserError when the dataset has none for validation.
     """
-    chosen = set(labeled)
+    chosen, valid = set(labeled), _own_valid(source)
+    return Split(sorted(chosen), [name for name in source.names("train") if name not in chosen], valid)
+
+
+def _own_valid(source: Source) -> list[str]:
     valid = source.names("val")
     if not valid:
         raise UserError(f"{source.layout}: no images for validation")
-    return Split(sorted(chosen), [name for name in source.names("train") if name not in chosen], valid)
+    return valid
+
+
+def _first_of_order(data: DataConfig, source: Source) -> Split:
+    names = source.names("train")
+    if data.labeled_samples > len(names):
+        raise UserError(
+            f"data.labeled_samples is {data.labeled_samples}, but {data.root} has {len(names)} for training"
+        )
+    ordered = [names[index] for index in order_of(data, len(names))]
+    return Split(ordered[: data.labeled_samples], ordered[data.labeled_samples :], _own_valid(source))
 
 
 def candidates(source: Source) -> list[str]:

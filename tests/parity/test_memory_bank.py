@@ -28,6 +28,7 @@ from common.augment import normalize
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets.cityscapes import COLORS, LABEL_ID_TABLE
 from common.datasets.gta5 import VOID_COLORS, _from_colors
+from common.datasets.orders import random_order, read_order
 from common.ema import make_teacher, update_teacher
 from common.inference import Protocol, sum_logits
 from common.losses import upsample
@@ -50,7 +51,6 @@ from memory_bank.losses import (
 )
 from memory_bank.released import HEADS, MEANS, SELECTORS, STACKED, heads_from_released
 from memory_bank.setting import BlackCrop, Config, MemoryBankNetwork, Method, rows_for_bank
-from memory_bank.splits import random_order, read_order
 from memory_bank.train import terms_of
 
 VOC_FACTOR = 7  # rows that enter the bank at once: 21 / 3

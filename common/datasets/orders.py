@@ -1,10 +1,11 @@
-"""Which images are labeled: the first ones of a stored order, or of a random one."""
+"""Orders of images, of which the first are labeled: stored ones, as memory bank published them, and random ones."""
 
 import pickle
 from pathlib import Path
 
 import numpy as np
 
+from common.config import DataConfig
 from common.errors import UserError
 
 # What a pickled array of integers is made of; nothing else is ever looked up, let alone run.
@@ -14,6 +15,38 @@ ALLOWED = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
 }
+
+
+STORED = (0, 1, 2)  # ids of stored orders; those above are random
+
+
+def order_of(data: DataConfig, count: int) -> np.ndarray:
+    """The order of `count` images, int64 [N], that `data.split_id` stands for.
+
+    Raises:
+        UserError: no stored order, or one of another number of images; see also `read_order`.
+    """
+    if data.split_id not in STORED:
+        return random_order(data.split_seed, data.split_id, count)
+    random = f"a data.split_id above {STORED[-1]} for a random order"
+    if data.order_dir is None:
+        raise UserError(
+            f"data.split_id {data.split_id} is a stored order: set data.order_dir to the folder of "
+            f"split_{data.split_id}.pkl, or give {random}"
+        )
+    path = Path(data.order_dir).expanduser() / f"split_{data.split_id}.pkl"
+    if not path.is_file():
+        raise UserError(
+            f"no stored order {path}: copy the released split_0.pkl, split_1.pkl and split_2.pkl there, set "
+            f"data.order_dir to their folder, or give {random}"
+        )
+    order = read_order(path)
+    if len(order) != count:
+        raise UserError(
+            f"{path} orders {len(order)} images, but {data.root} has {count} for training: "
+            f"it belongs to another tree; give {random}"
+        )
+    return order
 
 
 class _ArrayUnpickler(pickle.Unpickler):
