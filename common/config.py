@@ -314,7 +314,9 @@ def show_translation(translation: Translation, path: str | Path) -> None:
     """Print what became of every key of a released file, in the first process of a run."""
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    table = Table("theirs", "value", "here", title=f"{path}, in our words", title_justify="left")
+    table = Table(title=f"{path}, in our words", title_justify="left")
+    for column in ("theirs", "value", "here"):
+        table.add_column(column, overflow="fold")
     for row in translation.rows:
         table.add_row(*map(escape, row))
     Console().print(table)

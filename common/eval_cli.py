@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from common.config import DataConfig, ModelConfig, load_config
+from common.config import DataConfig, ModelConfig, Translation, config_of, load_config, show_translation
 from common.datasets import open_source
 from common.datasets.source import Source
 from common.datasets.splits import valid_of
@@ -43,7 +43,9 @@ def main_eval(
     argv: Sequence[str] | None = None,
     protocol_of: Callable[[Any], Protocol] | None = None,
     second: str | None = None,
+    roles: Sequence[str] = (),
     from_published: Callable[[State, int], State] | None = None,
+    config_in: Callable[[Path], Translation | None] | None = None,
 ) -> None:
     """Evaluate checkpoints of a run of `paper`, print the scores and write them to RUN/eval/<which>.json.
 
@@ -53,12 +55,14 @@ def main_eval(
         argv: Arguments; by default those of the process.
         protocol_of: The paper's protocol for a config; by default whole images.
         second: Name of a second network in the checkpoints of a paper that trains two; it may be chosen.
+        roles: `student` and `teacher`, of which one is evaluated in training and both are in the checkpoints, the
+            other by that name; either may be chosen.
         from_published: Turns weights as the paper's release has them, of network 1 or 2, into ours.
+        config_in: Reads the config that a checkpoint of the paper's release holds.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(paper, second is not None).parse_args(argv)
-    run, config_file = _find_config(paper, args)
-    config = load_config(config_class, config_file)
+    args = _parser(paper, ("1", "2", "both") if second else roles).parse_args(argv)
+    run, config, config_file = _find_config(paper, config_class, args, config_in)
     usual = protocol_of(config) if protocol_of else Protocol()
     protocol = _protocol(args, usual)
     accelerator = _accelerator(args.devices, config.run.precision, argv)
@@ -76,16 +80,16 @@ def main_eval(
         console.print(f"note: {note}")
 
     # The weights come from the checkpoint: ImageNet's are neither needed nor downloaded.
-    numbers = {"1": (1,), "2": (2,), "both": (1, 2)}[args.network]
-    networks = {number: build_network(replace(config.model, pretrained=False)) for number in numbers}
-    network = networks[numbers[0]] if len(numbers) == 1 else MeanOfNetworks(list(networks.values()))
+    chosen = ("1", "2") if args.network == "both" else (args.network,)
+    networks = {name: build_network(replace(config.model, pretrained=False)) for name in chosen}
+    network = networks[chosen[0]] if len(chosen) == 1 else MeanOfNetworks(list(networks.values()))
     network.to(accelerator.device)
     results: list[tuple[Target, Scores]] = []
     for target in targets:
         try:
             with _on_all_processes(accelerator):
-                for number, one in networks.items():
-                    state = _read_network(target.file, number, second, from_published)
+                for name, one in networks.items():
+                    state = _read_network(target.file, name, second, roles, from_published)
                     load_state(one, state, str(target.file), f"the network of {config_file}")
         except UserError as error:
             # Of several, one may have been pruned by a training that goes on.
@@ -116,13 +120,24 @@ def main_eval(
     accelerator.end_training()
 
 
-def _find_config(paper: str, args: argparse.Namespace) -> tuple[Path, Path]:
-    """The run folder and its config file. A weight file that lies in no run may come with a config file instead."""
-    if args.run is None and args.config and args.which and Path(args.which).is_file() and not run_around(args.which):
-        return Path("runs", paper, Path(args.config).stem), Path(args.config)
+def _find_config(
+    paper: str, config_class: type, args: argparse.Namespace, config_in: Callable[[Path], Translation | None] | None
+) -> tuple[Path, Any, Path]:
+    """The run folder, the config and the file it is from.
+
+    A weight file that lies in no run comes with a config file, or holds its config itself.
+    """
+    file = Path(args.which) if args.which else None
+    if args.run is None and file and file.is_file() and not run_around(args.which):
+        if args.config:
+            return Path("runs", paper, Path(args.config).stem), load_config(config_class, args.config), args.config
+        translation = config_in(file) if config_in else None
+        if translation:
+            show_translation(translation, file)
+            return Path("runs", paper, file.stem), config_of(config_class, translation.values, file), file
     run = find_run(paper, args.run, args.which)
     _check_paper(paper, run)
-    return run, run / "config.json"
+    return run, load_config(config_class, run / "config.json"), run / "config.json"
 
 
 def _open_source(data: DataConfig, model: ModelConfig, run: Path, accelerator: Accelerator) -> Source:
@@ -196,32 +211,54 @@ def _protocol(args: argparse.Namespace, usual: Protocol) -> Protocol:
 
 
 def _read_network(
-    file: Path, number: int, second: str | None, from_published: Callable[[State, int], State] | None
+    file: Path,
+    name: str | None,
+    second: str | None,
+    roles: Sequence[str],
+    from_published: Callable[[State, int], State] | None,
 ) -> State:
-    """Weights of network 1 or 2 of a checkpoint, with our keys.
+    """Weights of a checkpoint's network, with our keys.
+
+    Args:
+        file: The weight file.
+        name: As `--network` calls the network; None for the one that is evaluated in training.
+
+    The others: see `main_eval`.
 
     Raises:
-        UserError: the checkpoint has no second network.
+        UserError: the checkpoint has no such network.
     """
-    if number == 2 and file.name == "model.safetensors":
-        extra = file.with_name("extra.safetensors")
-        state = read_state(extra) if extra.is_file() else {}
-        own = {key.removeprefix(f"{second}/"): value for key, value in state.items() if key.startswith(f"{second}/")}
+    if name in roles:
+        other = _read_extra(file, name)
+        # What is not beside the evaluated network is that itself, if its counterpart is there.
+        if other or any(_read_extra(file, role) for role in roles):
+            return other or read_state(file)
+        raise UserError(f"{file} does not hold student and teacher; evaluate it without --network")
+    if name == "2" and file.name == "model.safetensors":
+        own = _read_extra(file, second)
         if not own:
             raise UserError(f"{file.parent} holds no second network; evaluate it with --network 1")
         return own
     state = read_state(file)
     is_ours = any(key.startswith(("encoder.conv1.", "low.")) for key in state)
-    return state if is_ours or from_published is None else from_published(state, number)
+    return state if is_ours or from_published is None else from_published(state, 2 if name == "2" else 1)
 
 
-def _parser(paper: str, two_networks: bool) -> argparse.ArgumentParser:
+def _read_extra(file: Path, name: str) -> State:
+    """The weights called `name` in the file beside `file`; empty where there are none."""
+    extra = file.with_name("extra.safetensors")
+    state = read_state(extra) if file.name == "model.safetensors" and extra.is_file() else {}
+    return {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
+
+
+def _parser(paper: str, networks: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{paper}/eval.py", description="Evaluate checkpoints on the validation images.", allow_abbrev=False
     )
     parser.add_argument("run", nargs="?", type=Path, help=f"run folder; by default the newest below runs/{paper}")
     parser.add_argument(
         "-e",
+        "--model-path",
         dest="which",
         help="best, last, a number N, a range A-B or A- (0-based epochs where the config counts epochs, else steps; "
         "step:N and step:A-B are always steps), or a weight file; by default best, else last",
@@ -233,10 +270,12 @@ def _parser(paper: str, two_networks: bool) -> argparse.ArgumentParser:
     area = parser.add_mutually_exclusive_group()
     area.add_argument("--sliding", type=int, metavar="CROP", help="slide a window of this side")
     area.add_argument("--whole", action="store_true", help="whole images, where the paper slides a window")
-    if two_networks:
-        parser.add_argument("--network", choices=("1", "2", "both"), default="1", help="both: the mean of their logits")
+    if networks:
+        usual = networks[0] if networks[-1] == "both" else None
+        told = "both: the mean of their logits" if usual else "by default the one that was evaluated in training"
+        parser.add_argument("--network", choices=networks, default=usual, help=told)
     else:
-        parser.set_defaults(network="1")
+        parser.set_defaults(network=None)
     parser.add_argument(
         "--config",
         metavar="FILE",
@@ -293,7 +332,9 @@ def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.2f}"
 
 
-def _class_table(target: Target, scores: Scores, classes: Sequence[str], protocol: Protocol, network: str) -> Table:
+def _class_table(
+    target: Target, scores: Scores, classes: Sequence[str], protocol: Protocol, network: str | None
+) -> Table:
     caption = protocol.describe() + _network_told(network)
     table = Table(title=_told(target), caption=caption, title_justify="left", caption_justify="left")
     table.add_column("class")
@@ -331,16 +372,18 @@ def _best(results: Sequence[tuple[Target, Scores]]) -> Target:
     return max(results, key=lambda result: -1.0 if math.isnan(result[1].miou) else result[1].miou)[0]
 
 
-def _network_told(network: str) -> str:
-    return {"1": "", "2": "; network 2", "both": "; mean of both networks"}[network]
+def _network_told(network: str | None) -> str:
+    if network in ("1", None):
+        return ""
+    return {"2": "; network 2", "both": "; mean of both networks"}.get(network, f"; {network}")
 
 
-def _file_name(which: str, protocol: Protocol, usual: Protocol, network: str) -> str:
+def _file_name(which: str, protocol: Protocol, usual: Protocol, network: str | None) -> str:
     """`best`, or with what departs from the paper's protocol: `best_sliding96_scales0.75-1_flip_network2`."""
     window = f"sliding{protocol.crop[0]}" if protocol.crop else "whole"
     sliding = [] if protocol.crop == usual.crop else [window]
     scales = [] if protocol.scales == (1.0,) else ["scales" + "-".join(f"{scale:g}" for scale in protocol.scales)]
-    chosen = [] if network == "1" else [f"network{network}"]
+    chosen = [] if network in ("1", None) else [f"network{network}" if network in ("2", "both") else network]
     return "_".join([which, *sliding, *scales, *(["flip"] if protocol.flip else []), *chosen])
 
 

@@ -37,8 +37,8 @@ def find_run(paper: str, given: Path | None, which: str | None) -> Path:
 
 
 def run_around(which: str | None) -> Path | None:
-    """The run folder that the weight file `which` lies in; None where it is no file, or lies in no run."""
-    parents = Path(which).parents if which and Path(which).is_file() else ()
+    """The run folder that the weight file or checkpoint `which` lies in; None where it is none, or lies in no run."""
+    parents = Path(which).parents if which and Path(which).exists() else ()
     return next((parent for parent in parents if (parent / "config.json").is_file()), None)
 
 

@@ -24,6 +24,7 @@ from memory_bank.bank import correct_and_confident, nearest
 from memory_bank.heads import Heads, rows_of
 from memory_bank.losses import ClassBalance, rows_per_image
 from memory_bank.processes import summed
+from memory_bank.their_config import translate
 from memory_bank.views import STRONG, Maps, Ranges, draw_choice, view
 
 
@@ -89,6 +90,8 @@ class Config:
     optim: OptimConfig
     method: Method
     run: RunConfig
+
+    from_released = staticmethod(translate)
 
 
 def protocol_of(config: Config) -> Protocol:

@@ -181,7 +181,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights {path}: there is no such file")
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -239,7 +239,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"weights {path}: not a readable safetensors file ({error})") from None
 
 
-def _read_torch(path: Path) -> object:
+def read_torch(path: Path) -> object:
+    """What `torch.save` wrote, on the CPU. No code in the file is ever executed.
+
+    Raises:
+        UserError: a damaged file, one that holds code.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
