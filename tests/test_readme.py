@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import runpy
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from common.datasets.cityscapes import Cityscapes
@@ -52,6 +54,7 @@ def project(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "splits", folder / "splits")
     write_cac_lists(folder)
     write_cps_lists(folder / "data")
+    write_orders(folder)
     return folder
 
 
@@ -135,6 +138,17 @@ def write_cps_lists(data: Path) -> None:
         lists.mkdir(parents=True)
         for name, chosen in (("train_aug_labeled_1-8", lines[:6]), ("train_aug_unlabeled_1-8", lines[6:])):
             (lists / f"{name}.txt").write_text("\n".join(chosen) + "\n")
+
+
+def write_orders(folder: Path) -> None:
+    """Orders as memory bank published them, for the small data."""
+    for dataset, source in (
+        ("voc", VOC(folder / "data/VOCdevkit/VOC2012")),
+        ("city", Cityscapes(folder / "data/city")),
+    ):
+        (folder / "splits" / dataset).mkdir(exist_ok=True)
+        order = np.random.RandomState(0).permutation(len(source.names("train")))
+        (folder / "splits" / dataset / "split_0.pkl").write_bytes(pickle.dumps(order, protocol=3))
 
 
 def make_run_for(command: str, folder: Path, monkeypatch) -> None:
