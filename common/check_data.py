@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from common import IGNORE
-from common.config import DataConfig, SharedConfig, flatten, load_config, seed_split, to_dict
+from common.config import DataConfig, SharedConfig, flatten, let_given_lists_win, load_config, seed_split, to_dict
 from common.datasets import Source, open_source
 from common.datasets.splits import Split, split_of
 from common.errors import UserError
@@ -182,6 +182,7 @@ def read_config(argv: Sequence[str]) -> SharedConfig:
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
     config = SharedConfig(sections.data, sections.model, sections.run)
+    let_given_lists_win(config.data, {argument.split("=")[0] for argument in overrides})
     seed_split(config)
     return config
 

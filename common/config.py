@@ -408,12 +408,17 @@ def _let_the_command_line_win(config: Any, given: set[str]) -> None:
         config.run.epochs = None
     elif length == {"--run.epochs"}:
         config.run.steps = None
+    let_given_lists_win(config.data, given)
+
+
+def let_given_lists_win(data: DataConfig, given: set[str]) -> None:
+    """Of what says which images are labeled, that on the command line replaces that of the file."""
     for kind in KINDS_OF_LISTS:
         if f"--data.{kind[0]}" in given:
             for other in KINDS_OF_LISTS:
                 if other is not kind and not given & {f"--data.{key}" for key in other}:
                     for key in other:
-                        setattr(config.data, key, None)
+                        setattr(data, key, None)
 
 
 def _make_plain(section: Any) -> None:

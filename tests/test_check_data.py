@@ -48,6 +48,14 @@ def test_sound_data_pass(tree, capsys):
     assert "aeroplane │ 50.00 │ 50.00" in text and "(ignore) │ 25.00 │ 25.00" in text
 
 
+def test_a_random_order_takes_the_place_of_the_lists(tree, capsys):
+    (tree / "voc" / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (tree / "voc" / "ImageSets" / "Segmentation" / "val.txt").write_text("v1\n")
+    status, text = check(tree, capsys, "--data.split_id", "3", "--data.labeled_samples=1")
+    assert status == 0
+    assert "split: split id 3 with 1 labels" in text and "unlabeled │ 1 │ 0 │ 0 │ 6x4" in text
+
+
 def test_missing_and_broken_files_are_counted_and_named(tree, capsys):
     (tree / "voc" / "JPEGImages" / "u1.jpg").unlink()
     (tree / "voc" / "SegmentationClassAug" / "l1.png").unlink()
