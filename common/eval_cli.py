@@ -64,8 +64,8 @@ def main_eval(
     args = _parser(paper, ("1", "2", "both") if second else roles).parse_args(argv)
     run, config, config_file = _find_config(paper, config_class, args, config_in)
     usual = protocol_of(config) if protocol_of else Protocol()
-    protocol = _protocol(args, usual)
-    accelerator = _accelerator(args.devices, config.run.precision, argv)
+    protocol = protocol_from(args, usual)
+    accelerator = accelerator_on(args.devices, config.run.precision, argv)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     # A training may write checkpoints at this moment: all processes go by what one has seen.
     found = [find_targets(run, args.which, by_epoch=config.run.epochs is not None)]
@@ -201,8 +201,8 @@ def parse_devices(text: str, count: int) -> list[int]:
     return sorted(set().union(*spans))
 
 
-def _protocol(args: argparse.Namespace, usual: Protocol) -> Protocol:
-    """The paper's protocol with what the command line changes."""
+def protocol_from(args: argparse.Namespace, usual: Protocol) -> Protocol:
+    """The paper's protocol with what the command line changes: `--sliding`, `--whole`, `--scales` and `--flip`."""
     if args.sliding is not None:
         usual = Protocol(crop=(args.sliding, args.sliding))
     elif args.whole:
@@ -284,7 +284,7 @@ def _parser(paper: str, networks: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _accelerator(devices: str | None, precision: str | None, argv: list[str]) -> Accelerator:
+def accelerator_on(devices: str | None, precision: str | None, argv: list[str]) -> Accelerator:
     """The Accelerator of the asked devices; several GPUs replace this process by `accelerate launch`.
 
     The run's precision is kept, so that scores are those seen in training; a CPU takes fp32 for fp16.

@@ -23,6 +23,8 @@ from common.datasets.splits import Split
 from common.errors import UserError
 from common.inference import Protocol, predict, sum_logits
 from common.metrics import ConfusionMatrix, Scores
+from common.usage import FILE as USAGE_FILE
+from common.usage import write_usage
 from common.visual import Sample, panel
 
 if TYPE_CHECKING:
@@ -100,7 +102,15 @@ def evaluate(
 def evaluate_run(
     network: nn.Module, source: Source, split: Split, run: "Run", protocol: Protocol = Protocol()
 ) -> Scores | None:
-    """`evaluate` on the validation list, during training; None where a signal asked the run to stop meanwhile."""
+    """`evaluate` on the validation list, during training; None where a signal asked the run to stop meanwhile.
+
+    What applying the network takes besides its config is written to the run folder.
+    """
+    if run.is_main:
+        try:
+            write_usage(run.folder, source, protocol)
+        except OSError as error:
+            run.log.say(f"warning: {run.folder / USAGE_FILE} could not be written ({error.strerror}); going on")
     classes, workers = run.config.model.num_classes, run.config.data.workers
     return evaluate(
         network, source, split.valid, classes, run.accelerator, protocol, workers=workers, stop=run.is_asked_to_stop

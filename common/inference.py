@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional
 
 from common.augment import normalize
 from common.errors import UserError
@@ -103,7 +102,10 @@ def sum_logits(
     """
     accumulate = _whole if protocol.crop is None else _slide
     if protocol.reduce > 1:
-        image = functional.resize(image, [side // protocol.reduce for side in image.shape[-2:]], antialias=True)
+        # In float: torchvision's resize of uint8 rounds twice, and chooses by the sides, which an export cannot.
+        image = image / 255 if image.dtype == torch.uint8 else image
+        reduced = [side // protocol.reduce for side in image.shape[-2:]]
+        image = F.interpolate(image, reduced, mode="bilinear", antialias=True)
     with evaluation_mode(network):
         results = [accumulate(network, _scaled(image, scale), size, protocol) for scale in protocol.scales]
     totals, passes = zip(*results)
@@ -128,8 +130,14 @@ def _whole(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: P
         logits = _forward(network, image, size, protocol.flip)
     else:
         height, width = image.shape[-2:]
-        padded = F.pad(image, (0, -width % protocol.multiple, 0, -height % protocol.multiple), mode="reflect")
-        logits = _forward(network, padded, padded.shape[-2:], protocol.flip)[..., :height, :width]
+        margins = (0, -width % protocol.multiple, 0, -height % protocol.multiple)
+        # A side shorter than its margin has nothing to mirror.
+        mode = "reflect" if margins[1] < width and margins[3] < height else "replicate"
+        padded = F.pad(image, margins, mode=mode)
+        logits = _forward(network, padded, padded.shape[-2:], protocol.flip)
+        # Not a slice: `torch.export` cannot follow strides that depend on the padding.
+        for dim, side in ((-2, height), (-1, width)):
+            logits = logits.index_select(dim, torch.arange(side, device=logits.device))
         logits = _resized(logits, size, False)
     return logits, logits.new_full(size, 1 + protocol.flip)
 

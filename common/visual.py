@@ -68,6 +68,21 @@ def save_ids(label: Tensor | np.ndarray, path: Path) -> None:
     Image.fromarray(np.asarray(label).astype(np.uint8)).save(path)
 
 
+def overlay(image: Tensor, label: Tensor | np.ndarray, palette: np.ndarray, opacity: float = 0.55) -> Image.Image:
+    """An image uint8 [3,H,W] under the colours of class ids [H,W]; where classes meet, the border is white.
+
+    A black class (VOC's background) leaves the image as it is.
+    """
+    colours, ids = colourise(label, palette), np.asarray(label)
+    shares = opacity * colours.any(-1, keepdims=True)
+    mixed = (1 - shares) * _image(image) + shares * colours
+    border = np.zeros(ids.shape, bool)
+    border[:-1] |= ids[:-1] != ids[1:]
+    border[:, :-1] |= ids[:, :-1] != ids[:, 1:]
+    mixed[border] = 255
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
 def side_by_side(pictures: Sequence[np.ndarray], gap: int = 15) -> Image.Image:
     """Pictures uint8 [H,W,3] of one height in a row, black between them."""
     black = np.zeros((pictures[0].shape[0], gap, 3), np.uint8)

@@ -151,10 +151,11 @@ def write_orders(folder: Path) -> None:
         (folder / "splits" / dataset / "split_0.pkl").write_bytes(pickle.dumps(order, protocol=3))
 
 
-def make_run_for(command: str, folder: Path, monkeypatch) -> None:
-    paper = command.split("/")[0]
+def make_run_for(arguments: list[str], folder: Path, monkeypatch) -> None:
+    predicts = arguments[:2] == ["-m", "common.predict"]
+    paper = arguments[2].split("/")[1] if predicts else arguments[0].split("/")[0]
     run = folder / "runs" / paper / "demo"
-    if "eval.py" in command and not run.exists():
+    if (predicts or "eval.py" in arguments[0]) and not run.exists():
         length = ["--run.steps", "4", "--run.snapshot_every", "2"]
         if paper == "cpcl":  # its evaluations name epochs: 30 and 60 are kept
             length = [
@@ -183,11 +184,22 @@ def test_command(command, project, monkeypatch, capsys):
     if arguments[0] in SCRIPTS:
         make_split_for(arguments, project, monkeypatch)
         shutil.rmtree(project / "runs", ignore_errors=True)
-    make_run_for(arguments[0], project, monkeypatch)
+    make_run_for(arguments, project, monkeypatch)
     if arguments[0].endswith("accuracy.py") and "--show" not in arguments:
         arguments.append("--show")  # running a table takes an hour
     run_here(shortened(arguments), project, monkeypatch)
     assert capsys.readouterr().out.strip()
+
+
+def test_the_exported_network_is_loaded_as_the_page_says(project, monkeypatch, capsys):
+    page = (ROOT / "docs" / "predict.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (command,) = (command for command in COMMANDS if "--export" in command)
+    if not (project / "seen" / "prcl.pt2").exists():
+        test_command(command, project, monkeypatch, capsys)
+    monkeypatch.chdir(project)
+    exec(code, {})
+    assert "'background'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])

@@ -76,18 +76,7 @@ class Source(ABC):
 
     def read_image(self, name: str) -> Tensor:
         """uint8 [3, H, W] RGB. Raises UserError for a missing, broken or 16-bit file."""
-        path = self.image_path(name)
-        try:
-            with Image.open(path) as picture:
-                if picture.mode.startswith("I"):
-                    raise UserError(f"image {path} has 16 bits a channel: save it with 8")
-                pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
-        except UserError:
-            raise
-        except Exception as error:  # what Pillow's decoders raise on damaged bytes has no common kind
-            raise UserError(f"image {path} cannot be decoded ({_reason(error)}): restore or remove it") from None
-        # Not made contiguous: resizing reads this layout faster than planes.
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return read_picture(self.image_path(name))
 
     def read_label(self, name: str) -> Tensor:
         """uint8 [H, W]: class ids, 255 = ignore. Raises UserError for a missing or broken file or an unknown value."""
@@ -101,6 +90,21 @@ class Source(ABC):
         sizes = [(tensor.shape[-1], tensor.shape[-2]) for tensor in (image, label)]
         _same_size(self.image_path(name), sizes[0], self.label_path(name), sizes[1])
         return image, label
+
+
+def read_picture(path: Path) -> Tensor:
+    """uint8 [3, H, W] RGB. Raises UserError for a broken or 16-bit file."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith("I"):
+                raise UserError(f"image {path} has 16 bits a channel: save it with 8")
+            pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    except UserError:
+        raise
+    except Exception as error:  # what Pillow's decoders raise on damaged bytes has no common kind
+        raise UserError(f"image {path} cannot be decoded ({_reason(error)}): restore or remove it") from None
+    # Not made contiguous: resizing reads this layout faster than planes.
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def picture_size(path: Path, what: str) -> tuple[int, int]:

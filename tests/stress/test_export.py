@@ -1,0 +1,32 @@
+"""Every kind of network is exported for images of any size: a quarter of a minute each."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.config import ModelConfig
+from common.export import SMALLEST, Deployed, export_network
+from common.inference import Protocol
+from common.models import build_network
+from common.usage import plain_usage
+
+NETWORKS = [
+    ({"head": "short"}, Protocol()),
+    ({"head": "short", "stem": "deep", "output_stride": 8}, Protocol(flip=True)),
+    ({"head": "deeplab"}, Protocol(multiple=8)),
+    ({"head": "cps", "stem": "deep"}, Protocol()),
+    ({"head": "v3", "input_mean": (127.5, 127.5, 127.5), "bgr": True}, Protocol()),
+    ({"head": "v2", "output_stride": 8}, Protocol(reduce=2)),
+    ({"head": "v2_coco", "output_stride": 8}, Protocol()),
+]
+
+
+@pytest.mark.parametrize(("model", "protocol"), NETWORKS, ids=lambda value: getattr(value, "get", str)("head"))
+def test_export(tmp_path, model, protocol):
+    network = build_network(ModelConfig(5, "resnet18", channels=8, pretrained=False, **model)).eval()
+    export_network(network, replace(plain_usage(5), protocol=protocol), tmp_path / "network.pt2")
+    program = torch.export.load(tmp_path / "network.pt2").module()
+    for size in ((1, 3, SMALLEST, SMALLEST), (2, 3, 81, 95), (1, 3, 160, 88), (1, 3, 101, 240)):
+        image = torch.randint(0, 256, size, dtype=torch.uint8)
+        torch.testing.assert_close(program(image), Deployed(network, protocol)(image), rtol=0, atol=1e-4)

@@ -1,0 +1,180 @@
+"""Pictures of any images from a run folder, and the network as one file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from common import checkpoints
+from common.config import DataConfig, ModelConfig
+from common.datasets.source import read_picture, voc_palette
+from common.errors import UserError
+from common.export import SMALLEST, Deployed, export_network
+from common.inference import Protocol, predict
+from common.models import build_network
+from common.predict import main
+from common.usage import Usage, plain_usage, read_usage, write_usage
+
+MODEL = ModelConfig(3, "resnet18", channels=8, pretrained=False)
+SIZES = {"a": (40, 52), "sub/b": (40, 52), "c": (3, 70), "grey": (33, 20)}
+
+
+class Names:
+    classes = ("road", "sky", "car")
+    palette = voc_palette()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    folder.mkdir()
+    content = {"data": vars(DataConfig("voc", "gone", "gone")), "model": vars(MODEL) | {"pretrained": True}}
+    (folder / "config.json").write_text(json.dumps(content | {"method": {"of": "a paper"}, "run": {"steps": 4}}))
+    torch.manual_seed(0)
+    network = build_network(MODEL)
+    for step in (2, 4):
+        nn.init.normal_(network.classifier[-1].weight)
+        checkpoints.write(folder / "checkpoints", {"step": step, "epoch": None}, network.state_dict())
+    checkpoints.point(folder / "checkpoints", "last", 4)
+    write_usage(folder, Names(), Protocol(multiple=8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    (folder / "sub").mkdir()
+    for name, size in SIZES.items():
+        pixels = rng.integers(0, 256, size if name == "grey" else (*size, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def call(*arguments: object) -> None:
+    main([*map(str, arguments), "-d", "cpu"])
+
+
+def expected(run: Path, file: Path, protocol: Protocol = Protocol(multiple=8)) -> torch.Tensor:
+    network = build_network(MODEL)
+    network.load_state_dict(checkpoints.load_file(run / "checkpoints" / "last" / "model.safetensors"))
+    image = read_picture(file)
+    return predict(network, image[None], tuple(image.shape[-2:]), protocol)[0]
+
+
+def test_every_image_of_a_folder(run, images, tmp_path, capsys):
+    call(run, images, "--out", tmp_path, "--save", "mask", "overlay", "probability", "--batch-size", 2)
+    assert "4 of 4 images" in capsys.readouterr().out
+    for name, size in SIZES.items():
+        want = expected(run, images / f"{name}.png")
+        mask = Image.open(tmp_path / "mask" / f"{name}.png")
+        assert np.array_equal(np.asarray(mask), want.argmax(0).numpy()) and mask.mode == "P"
+        probability = np.load(tmp_path / "probability" / f"{name}.npy")
+        np.testing.assert_allclose(probability, want.numpy(), atol=2e-3)
+        assert probability.dtype == np.float16
+        overlay = np.asarray(Image.open(tmp_path / "overlay" / f"{name}.png"))
+        assert overlay.shape == (*size, 3)
+        # VOC's background is black and leaves the image as it is, but for borders.
+        pixels = read_picture(images / f"{name}.png").permute(1, 2, 0).numpy()
+        kept = (overlay == 255).all(-1) | (overlay == pixels).all(-1)
+        assert kept[np.asarray(mask) == 0].all()
+
+
+def test_one_image_by_a_checkpoint_and_another_protocol(run, images, tmp_path, capsys):
+    checkpoint = run / "checkpoints" / "step_00000004"
+    call(checkpoint, images / "a.png", "--out", tmp_path, "--sliding", 32, "--flip", "--save", "mask")
+    want = expected(run, images / "a.png", Protocol((32, 32), flip=True)).argmax(0)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "mask" / "a.png")), want.numpy())
+    assert "sliding window 32x32" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["mask"]
+
+
+def test_a_bad_file_is_named_and_the_others_are_predicted(run, images, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "good.png").write_bytes((images / "a.png").read_bytes())
+    (folder / "no_picture.png").write_text("<html>")
+    (folder / "torn.png").write_bytes((images / "a.png").read_bytes()[:900])
+    with pytest.raises(SystemExit) as ended:
+        call(run, folder, "--out", folder / "out")
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and "2 of 3 images could not be read" in told.err
+    assert "no_picture.png" in told.out and "torn.png" in told.out
+    assert [path.name for path in (folder / "out" / "mask").iterdir()] == ["good.png"]
+    (folder / "no_picture.png").unlink(), (folder / "torn.png").unlink()
+    call(run, folder, "--out", folder / "out")  # what was written is not taken for images
+    assert "1 of 1 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{run}"], "give either images"),
+        (["{run}", "{images}"], "--out FOLDER is missing"),
+        (["{run}/none", "{images}", "--out", "{out}"], "does not exist"),
+        (["{images}", "{images}", "--out", "{out}"], "no run folder"),
+        (["{run}", "{images}/sub/none.png", "--out", "{out}"], "no such file or folder"),
+        (["{run}", "{run}/checkpoints", "--out", "{out}"], "no images in"),
+        (["{run}", "{images}", "--out", "{out}", "-e", "0-"], "2 checkpoints; give one"),
+        (["{run}", "{images}", "--out", "{images}/a.png"], "pictures cannot be written"),
+        (["{run}", "--export", "{out}/network.onnx"], "must end in .pt2"),
+        (["{run}", "--export", "{out}/network.pt2", "--sliding", "32"], "add --whole"),
+        (["{run}", "--export", "{out}/network.pt2", "--scales", "0.5"], "leave --scales away"),
+    ],
+)
+def test_what_cannot_be_done_is_told(run, images, tmp_path, capsys, arguments, words):
+    with pytest.raises(SystemExit) as ended:
+        call(*(text.format(run=run, images=images, out=tmp_path) for text in arguments))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and words in error and len(error.splitlines()) <= 2, error
+
+
+def test_usage_is_read_as_it_was_written(run, tmp_path):
+    usage = read_usage(run, 3)
+    assert (usage.classes, usage.protocol) == (Names.classes, Protocol(multiple=8))
+    write_usage(tmp_path, Names(), Protocol((32, 48), (0.5, 1.0), True))
+    assert read_usage(tmp_path, 3).protocol == Protocol((32, 48), (0.5, 1.0), True)
+    assert read_usage(tmp_path / "none", 3) is None
+    with pytest.raises(UserError, match=r"names 3 classes, but the network of .* has 5"):
+        read_usage(tmp_path, 5)
+    (tmp_path / "usage.json").write_text('{"classes": []}')
+    with pytest.raises(UserError, match="damaged"):
+        read_usage(tmp_path, 3)
+
+
+class Toy(nn.Module):
+    align_corners = True
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 3, 3, stride=4, padding=1), nn.BatchNorm2d(3))
+
+    def forward(self, image):
+        return self.layers(image)
+
+
+@pytest.mark.parametrize("protocol", [Protocol(multiple=8, flip=True), Protocol(reduce=2)])
+def test_exported_programs_take_any_size(tmp_path, protocol):
+    """The networks themselves are exported by the stress tests and the commands of docs/predict.md."""
+    torch.manual_seed(0)
+    network = Toy().eval()
+    usage = plain_usage(3)
+    export_network(network, Usage(usage.classes, usage.palette, protocol), tmp_path / "toy.pt2")
+    extra = {"usage.json": ""}
+    program = torch.export.load(tmp_path / "toy.pt2", extra_files=extra).module()
+    assert json.loads(extra["usage.json"])["classes"] == list(usage.classes)
+    for size in ((3, 3, SMALLEST, SMALLEST), (1, 3, 99, 121), (1, 3, 160, 88), (2, 3, 81, 240)):
+        image = torch.randint(0, 256, size, dtype=torch.uint8)
+        torch.testing.assert_close(program(image), Deployed(network, protocol)(image), rtol=0, atol=1e-5)
+
+
+def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
+    program = type("Program", (), {"module": lambda self: lambda image: torch.zeros(1)})()
+    monkeypatch.setattr("torch.export.export", lambda *args, **kwargs: program)
+    with pytest.raises(UserError, match="not the trained one"):
+        export_network(Toy().eval(), plain_usage(3), tmp_path / "toy.pt2")
+    assert not (tmp_path / "toy.pt2").exists()
