@@ -59,7 +59,8 @@ def write(
 ) -> Path:
     """Write a checkpoint under a temporary name, sync it and rename it to `step_<meta["step"]>`.
 
-    Without `extra` and `state` it holds weights only. An existing folder of that step is replaced.
+    Without `state` no run can continue from it; without `extra`, too, it holds the evaluated network alone.
+    An existing folder of that step is replaced.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left behind.
@@ -70,8 +71,9 @@ def write(
     temporary.mkdir(parents=True)
     try:
         _save_tensors(model, temporary / "model.safetensors")
-        if state is not None:
+        if state is not None or extra:
             _save_tensors(_join(extra or {}), temporary / "extra.safetensors")
+        if state is not None:
             torch.save(state, temporary / "state.pt")
         files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
         (temporary / "meta.json").write_text(json.dumps(meta | {"files": files}, indent=2) + "\n")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from common.config import DataConfig, ModelConfig, Translation, config_of, load_config, show_translation
+from common.config import DataConfig, ModelConfig, config_of, load_config, show_translation
 from common.datasets import open_source
 from common.datasets.source import Source
 from common.datasets.splits import valid_of
@@ -29,7 +29,8 @@ from common.evaluation import evaluate, sample_predictions
 from common.inference import MeanOfNetworks, Protocol
 from common.metrics import Scores
 from common.models import build_network
-from common.models.weights import load_state, read_state
+from common.models.weights import STATE_ENTRIES, load_state, read_state
+from common.release import Release, convert, is_ours
 from common.targets import Target, find_run, find_targets, run_around
 from common.visual import Sample, compare, save_ids, save_label, score_curve
 
@@ -44,8 +45,7 @@ def main_eval(
     protocol_of: Callable[[Any], Protocol] | None = None,
     second: str | None = None,
     roles: Sequence[str] = (),
-    from_published: Callable[[State, int], State] | None = None,
-    config_in: Callable[[Path], Translation | None] | None = None,
+    release: Release | None = None,
 ) -> None:
     """Evaluate checkpoints of a run of `paper`, print the scores and write them to RUN/eval/<which>.json.
 
@@ -57,14 +57,18 @@ def main_eval(
         second: Name of a second network in the checkpoints of a paper that trains two; it may be chosen.
         roles: `student` and `teacher`, of which one is evaluated in training and both are in the checkpoints, the
             other by that name; either may be chosen.
-        from_published: Turns weights as the paper's release has them, of network 1 or 2, into ours.
-        config_in: Reads the config that a checkpoint of the paper's release holds.
+        release: How the paper's repository writes its networks.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser(paper, ("1", "2", "both") if second else roles).parse_args(argv)
-    run, config, config_file = _find_config(paper, config_class, args, config_in)
+    args = _parser(paper, ("1", "2", "both") if second else roles, release is not None).parse_args(argv)
+    if args.convert and not (args.which and Path(args.which).is_file()):
+        raise UserError("--convert goes with -e FILE, a checkpoint of the paper's own repository")
+    run, config, config_file = _find_config(paper, config_class, args, release)
     usual = protocol_of(config) if protocol_of else Protocol()
     protocol = protocol_from(args, usual)
+    if args.convert:
+        print(*convert(release, Path(args.which), paper, config, usual, second, args.convert), sep="\n")
+        return
     accelerator = accelerator_on(args.devices, config.run.precision, argv)
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     # A training may write checkpoints at this moment: all processes go by what one has seen.
@@ -76,6 +80,8 @@ def main_eval(
     is_newest = args.run is None and run_around(args.which) is None and config_file == run / "config.json"
     console.print(f"run {run}" + (f" (the newest of {paper})" if is_newest else ""))
     console.print(f"{len(names)} images of {data.lists}, {accelerator.num_processes} process(es), {accelerator.device}")
+    if release and targets[0].step is None and not is_ours(read_state(targets[0].file, release.entries)):
+        notes = [*notes, f"not used of {targets[0].file}: {release.left_out(targets[0].file)}"]
     for note in notes:
         console.print(f"note: {note}")
 
@@ -89,7 +95,7 @@ def main_eval(
         try:
             with _on_all_processes(accelerator):
                 for name, one in networks.items():
-                    state = _read_network(target.file, name, second, roles, from_published)
+                    state = _read_network(target.file, name, second, roles, release)
                     load_state(one, state, str(target.file), f"the network of {config_file}")
         except UserError as error:
             # Of several, one may have been pruned by a training that goes on.
@@ -121,20 +127,24 @@ def main_eval(
 
 
 def _find_config(
-    paper: str, config_class: type, args: argparse.Namespace, config_in: Callable[[Path], Translation | None] | None
+    paper: str, config_class: type, args: argparse.Namespace, release: Release | None
 ) -> tuple[Path, Any, Path]:
     """The run folder, the config and the file it is from.
 
-    A weight file that lies in no run comes with a config file, or holds its config itself.
+    A weight file that lies in no run comes with a config file, holds its config itself, or is of a released network.
     """
     file = Path(args.which) if args.which else None
     if args.run is None and file and file.is_file() and not run_around(args.which):
         if args.config:
             return Path("runs", paper, Path(args.config).stem), load_config(config_class, args.config), args.config
-        translation = config_in(file) if config_in else None
+        translation = release.config_in(file) if release and release.config_in else None
         if translation:
             show_translation(translation, file)
             return Path("runs", paper, file.stem), config_of(config_class, translation.values, file), file
+        if release and not is_ours(read_state(file, release.entries)):
+            config, config_file = release.config_of(config_class, file)
+            print(f"note: no --config: {config_file}, with the network of {file}")
+            return Path("runs", paper, file.stem), config, Path(config_file)
     run = find_run(paper, args.run, args.which)
     _check_paper(paper, run)
     return run, load_config(config_class, run / "config.json"), run / "config.json"
@@ -215,7 +225,7 @@ def _read_network(
     name: str | None,
     second: str | None,
     roles: Sequence[str],
-    from_published: Callable[[State, int], State] | None,
+    release: Release | None,
 ) -> State:
     """Weights of a checkpoint's network, with our keys.
 
@@ -239,9 +249,8 @@ def _read_network(
         if not own:
             raise UserError(f"{file.parent} holds no second network; evaluate it with --network 1")
         return own
-    state = read_state(file)
-    is_ours = any(key.startswith(("encoder.conv1.", "low.")) for key in state)
-    return state if is_ours or from_published is None else from_published(state, 2 if name == "2" else 1)
+    state = read_state(file, release.entries if release else STATE_ENTRIES)
+    return state if is_ours(state) or release is None else release.segmenter(state, 2 if name == "2" else 1)
 
 
 def _read_extra(file: Path, name: str) -> State:
@@ -251,7 +260,7 @@ def _read_extra(file: Path, name: str) -> State:
     return {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
 
 
-def _parser(paper: str, networks: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(paper: str, networks: Sequence[str], released: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{paper}/eval.py", description="Evaluate checkpoints on the validation images.", allow_abbrev=False
     )
@@ -264,6 +273,11 @@ def _parser(paper: str, networks: Sequence[str]) -> argparse.ArgumentParser:
         "step:N and step:A-B are always steps), or a weight file; by default best, else last",
     )
     parser.add_argument("-d", "--devices", help="cpu, 0, 0,1, 0-3 or * (all GPUs); by default one GPU, else the CPU")
+    if released:
+        told = "write -e FILE of the paper's own repository as a run folder of ours, and end"
+        parser.add_argument("--convert", type=Path, metavar="DIR", help=told)
+    else:
+        parser.set_defaults(convert=None)
     parser.add_argument("-s", "--save-pictures", action="store_true", help="write a picture of every prediction")
     parser.add_argument("--scales", nargs="+", type=float, default=[1.0], help="scales whose predictions are averaged")
     parser.add_argument("--flip", action="store_true", help="average with the prediction of the mirrored image")

@@ -24,7 +24,7 @@ from common.errors import UserError
 from common.inference import Protocol, predict, sum_logits
 from common.metrics import ConfusionMatrix, Scores
 from common.usage import FILE as USAGE_FILE
-from common.usage import write_usage
+from common.usage import Usage, write_usage
 from common.visual import Sample, panel
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def evaluate_run(
     """
     if run.is_main:
         try:
-            write_usage(run.folder, source, protocol)
+            write_usage(run.folder, Usage(source.classes, source.palette, protocol))
         except OSError as error:
             run.log.say(f"warning: {run.folder / USAGE_FILE} could not be written ({error.strerror}); going on")
     classes, workers = run.config.model.num_classes, run.config.data.workers

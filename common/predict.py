@@ -271,9 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         "--save", nargs="+", choices=KINDS, default=["overlay", "mask"],
         help="overlay: image under the classes' colours; mask: PNG of class ids; probability: float16 [C,H,W] as .npy",
     )  # fmt: skip
-    parser.add_argument(
-        "-e", dest="which", help="best, last or a number, as for eval.py; by default best, else last"
-    )
+    parser.add_argument("-e", dest="which", help="best, last or a number, as for eval.py; by default best, else last")
     parser.add_argument("-d", "--devices", help="cpu, 0, 0,1, 0-3 or * (all GPUs); by default one GPU, else the CPU")
     parser.add_argument(
         "--batch-size", type=_count, metavar="N",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.datasets.source import Source, voc_palette
+from common.datasets.source import voc_palette
 from common.errors import UserError
 from common.inference import Protocol
 from common.logbook import replace_file
@@ -30,14 +30,14 @@ class Usage:
     protocol: Protocol
 
 
-def write_usage(folder: Path, source: Source, protocol: Protocol) -> None:
-    """Write `usage.json` of a run on `source`, unless it stands there already.
+def write_usage(folder: Path, usage: Usage) -> None:
+    """Write `usage.json` of a run, unless it stands there already.
 
     Raises:
         OSError: it cannot be written.
     """
-    colours = source.palette[: len(source.classes)].tolist()
-    content = {"classes": list(source.classes), "colours": colours, "protocol": asdict(protocol)}
+    colours = usage.palette[: len(usage.classes)].tolist()
+    content = {"classes": list(usage.classes), "colours": colours, "protocol": asdict(usage.protocol)}
     text = json.dumps(content) + "\n"
     path = folder / FILE
     if not (path.is_file() and path.read_text() == text):

@@ -1,7 +1,8 @@
 """Evaluate CSS's teacher: `python css/eval.py [RUN] [-e WHICH] ...`; see docs/evaluation.md."""
 
 from common.eval_cli import main_eval
+from css.released import RELEASE
 from css.train import Config
 
 if __name__ == "__main__":
-    main_eval("css", Config)
+    main_eval("css", Config, release=RELEASE)

@@ -7,16 +7,22 @@ Network and preprocessing are those of the run, or of the config that a released
 """
 
 from common.eval_cli import main_eval
+from common.models.weights import MEMORY_BANK_HEADS, UNREACHED
+from common.release import Release
 from memory_bank.released import segmenter_of
 from memory_bank.setting import Config, protocol_of
 from memory_bank.their_config import config_in
 
+# DeepLabV2's weights do not tell what they were pretrained on, which its preprocessing hangs on: their config does.
+RELEASE = Release(
+    segmenter_of,
+    configs={
+        ("v3", 21): "memory_bank/configs/configSSL_pascal_1_8_split0_v3.json",
+        ("v3", 19): "memory_bank/configs/configSSL_city_1_8_split0_v3.json",
+    },
+    heads=MEMORY_BANK_HEADS + UNREACHED,
+    config_in=config_in,
+)
+
 if __name__ == "__main__":
-    main_eval(
-        "memory_bank",
-        Config,
-        protocol_of=protocol_of,
-        roles=("student", "teacher"),
-        from_published=segmenter_of,
-        config_in=config_in,
-    )
+    main_eval("memory_bank", Config, protocol_of=protocol_of, roles=("student", "teacher"), release=RELEASE)

@@ -206,7 +206,7 @@ def evaluated(run: Path, *arguments: str) -> None:
         [str(run), "-d", "cpu", *arguments],
         protocol_of=module.protocol_of,
         second="second",
-        from_published=module.segmenter_of,
+        release=module.RELEASE,
     )
 
 

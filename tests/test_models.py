@@ -142,14 +142,40 @@ def test_deep_stem_file(tmp_path) -> None:
     torch.save(state, tmp_path / "deep.pth")
     network = build_network(model_config(stem="deep", pretrained=str(tmp_path / "deep.pth")))
     assert torch.equal(network.encoder.state_dict()["conv1.6.weight"], state["conv1.6.weight"])
-    with pytest.raises(UserError, match=r"deep\.pth does not fit resnet18 with the plain stem; missing: conv1\.weight"):
+    with pytest.raises(
+        UserError, match=r"deep\.pth does not fit resnet18 with the plain stem: it is a resnet18 with the deep stem"
+    ):
         build_network(model_config(pretrained=str(tmp_path / "deep.pth")))
+
+
+@pytest.mark.parametrize(
+    ("head", "num_classes", "told"), [("v2_coco", 5, ""), ("v2", 7, ", its classifiers of 5 classes")]
+)
+def test_a_whole_deeplab_v2_from_coco(tmp_path, capsys, head: str, num_classes: int, told: str) -> None:
+    theirs = build_network(model_config(head="v2_coco", output_stride=8))
+    state = theirs.encoder.state_dict()
+    branches = {f"layer5.conv2d_list.{key}": value for key, value in theirs.classifier.branches.state_dict().items()}
+    unreached = {key.replace("list.1", "list.3"): value for key, value in branches.items() if ".1." in key}
+    torch.save(state | branches | unreached, tmp_path / "coco.pth")
+    config = model_config(head=head, output_stride=8, num_classes=num_classes, pretrained=str(tmp_path / "coco.pth"))
+    network = build_network(config)
+    assert all(torch.equal(value, state[key]) for key, value in network.encoder.state_dict().items())
+    same = [torch.equal(a, b) for a, b in zip(network.classifier.parameters(), theirs.classifier.parameters())]
+    assert same == [not told] * 4
+    expected = f"coco.pth: layer5.conv2d_list.3.weight, layer5.conv2d_list.3.bias{told}\n"
+    assert capsys.readouterr().out.endswith(expected)
+
+
+def test_what_of_a_backbone_is_not_used_is_told(tmp_path, encoder_state, capsys) -> None:
+    torch.save({f"module.{k}": v for k, v in encoder_state.items()} | {"fc.bias": torch.zeros(9)}, tmp_path / "a.pth")
+    build_network(model_config(pretrained=str(tmp_path / "a.pth")))
+    assert "not used of model.pretrained" in (told := capsys.readouterr().out) and told.endswith("a.pth: fc.bias\n")
 
 
 def test_file_that_does_not_fit_is_refused(tmp_path, encoder_state) -> None:
     path = tmp_path / "backbone.pth"
     torch.save(encoder_state, path)
-    with pytest.raises(UserError, match=r"does not fit resnet34 .*missing: layer1\.2\.conv1\.weight, .* more"):
+    with pytest.raises(UserError, match=r"does not fit resnet34 .*: it is a resnet18"):
         build_network(model_config(backbone="resnet34", pretrained=str(path)))
     torch.save(encoder_state | {"extra.weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"unexpected: extra\.weight"):

@@ -1,6 +1,7 @@
 """Pictures of any images from a run folder, and the network as one file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,7 @@ MODEL = ModelConfig(3, "resnet18", channels=8, pretrained=False)
 SIZES = {"a": (40, 52), "sub/b": (40, 52), "c": (3, 70), "grey": (33, 20)}
 
 
-class Names:
-    classes = ("road", "sky", "car")
-    palette = voc_palette()
+USAGE = Usage(("road", "sky", "car"), voc_palette(), Protocol(multiple=8))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def run(tmp_path_factory) -> Path:
         nn.init.normal_(network.classifier[-1].weight)
         checkpoints.write(folder / "checkpoints", {"step": step, "epoch": None}, network.state_dict())
     checkpoints.point(folder / "checkpoints", "last", 4)
-    write_usage(folder, Names(), Protocol(multiple=8))
+    write_usage(folder, USAGE)
     return folder
 
 
@@ -135,8 +134,8 @@ def test_what_cannot_be_done_is_told(run, images, tmp_path, capsys, arguments, w
 
 def test_usage_is_read_as_it_was_written(run, tmp_path):
     usage = read_usage(run, 3)
-    assert (usage.classes, usage.protocol) == (Names.classes, Protocol(multiple=8))
-    write_usage(tmp_path, Names(), Protocol((32, 48), (0.5, 1.0), True))
+    assert (usage.classes, usage.protocol) == (USAGE.classes, USAGE.protocol)
+    write_usage(tmp_path, replace(USAGE, protocol=Protocol((32, 48), (0.5, 1.0), True)))
     assert read_usage(tmp_path, 3).protocol == Protocol((32, 48), (0.5, 1.0), True)
     assert read_usage(tmp_path / "none", 3) is None
     with pytest.raises(UserError, match=r"names 3 classes, but the network of .* has 5"):

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from common.config import DataConfig
 from common.datasets.cityscapes import Cityscapes
 from common.datasets.folder import Folder
@@ -9,10 +11,11 @@ from common.datasets.gta5 import GTA5
 from common.datasets.shapes import CLASSES, is_drawn, make_shapes
 from common.datasets.source import Source
 from common.datasets.splits import candidates, choose_class_covering, complete, write_split
+from common.datasets.voc import CLASSES as VOC_CLASSES
 from common.datasets.voc import VOC
 from common.errors import UserError
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "named_classes", "open_source"]
 
 
 def open_source(data: DataConfig) -> Source:
@@ -32,6 +35,13 @@ def open_source(data: DataConfig) -> Source:
     if data.dataset == "folder":
         return Folder(data.root, data.image_dir, data.label_dir, data.classes)
     return _built_in(Path(data.root).expanduser(), Path(data.split).expanduser() if data.split else None)
+
+
+def named_classes(data: DataConfig, num_classes: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """Names and colours of the classes of `data`, without looking at its files; numbers where names are not known."""
+    known = {"cityscapes": (Cityscapes.classes, Cityscapes.palette), "gta5": (GTA5.classes, GTA5.palette)}
+    names, palette = known.get(data.dataset, (VOC_CLASSES, VOC.palette))
+    return (names if len(names) == num_classes else tuple(f"class {i}" for i in range(num_classes))), palette
 
 
 def _built_in(root: Path, split: Path | None) -> VOC:

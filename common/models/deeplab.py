@@ -1,5 +1,7 @@
 """DeepLabV3+ (Chen et al., 2018) as PRCL and CSS have it, with the longer decoders of the other papers; DeepLabV2."""
 
+import os
+
 import timm
 import torch
 from torch import Tensor, nn
@@ -8,8 +10,9 @@ from torch.nn import functional as F
 from common.augment.photometric import imagenet_statistics
 from common.config import ModelConfig
 from common.errors import UserError
+from common.models.recognise import recognise_backbone
 from common.models.resnet import CAFFE_8, MULTI_GRID, UNIFORM_8, UNIFORM_16, Geometry, build_resnet
-from common.models.weights import load_state, read_backbone, split_v2
+from common.models.weights import load_state, read_backbone
 
 LOW_CHANNELS = 48
 RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
@@ -337,11 +340,18 @@ def build_network(model: ModelConfig) -> DeepLabV3Plus | DeepLabV2:
 def _load_pretrained(network: DeepLabV3Plus | DeepLabV2, model: ModelConfig) -> None:
     """A local file into the backbone; DeepLabV2's classifiers too, where they have as many classes."""
     source, target = f"model.pretrained {model.pretrained}", f"{model.backbone} with the {model.stem} stem"
-    backbone, classifier = split_v2(read_backbone(model.pretrained))
+    backbone, classifier, left_out = read_backbone(model.pretrained)
+    found = recognise_backbone(backbone)
+    if found and found != (model.backbone, model.stem):
+        raise UserError(f"{source} does not fit {target}: it is a {found[0]} with the {found[1]} stem")
     load_state(network.encoder, backbone, source, target)
     own = network.classifier.state_dict()
     if own.keys() == classifier.keys() and all(own[key].shape == value.shape for key, value in classifier.items()):
         network.classifier.load_state_dict(classifier)
+    elif classifier:
+        left_out.append(f"its classifiers of {next(iter(classifier.values())).shape[0]} classes")
+    if left_out and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: not used of {source}: {', '.join(left_out)}")
 
 
 def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1) -> nn.Sequential:

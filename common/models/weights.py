@@ -2,15 +2,31 @@
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.errors import UserError
+
+_ARRAYS = {"_reconstruct": np._core.multiarray._reconstruct, "scalar": np._core.multiarray.scalar}
+# Entries of a file that may hold the state dict.
+STATE_ENTRIES = ("state_dict", "model")
+# Arrays and numbers of NumPy, under its names of before and after 2.0: scores and prototypes in released checkpoints.
+NUMPY = [
+    *(
+        (function, f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, function in _ARRAYS.items()
+    ),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "uint8", "float16", "float32", "float64")),
+]
 
 # Prefixes of the networks PRCL and CSS published (the same keys in both), and ours. The first that fits counts.
 PRCL_CSS = {
@@ -117,14 +133,6 @@ def deeplab_from_memory_bank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _low_level_first(_rename(own, MEMORY_BANK))
 
 
-def split_v2(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights of a whole DeepLabV2 as AdvSemiSeg published it: the backbone's, and the classifiers' with our keys."""
-    theirs, ours = "layer5.conv2d_list.", "branches."
-    state = {key: value for key, value in state.items() if not key.startswith(UNREACHED)}
-    classifier = {ours + key.removeprefix(theirs): value for key, value in state.items() if key.startswith(theirs)}
-    return {key: value for key, value in state.items() if not key.startswith(theirs)}, classifier
-
-
 def deeplab_from_cps(state: Mapping[str, Tensor], network: int = 1) -> dict[str, Tensor]:
     """One of the two networks out of a published CPS or CPCL.
 
@@ -160,34 +168,57 @@ def _low_level_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def read_backbone(path: str | Path) -> dict[str, Tensor]:
-    """Weights of an ImageNet ResNet as torchvision and timm name them, without the classifier.
+def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """Weights of a ResNet, named as torchvision and timm do.
+
+    Known are torchvision's files, those with a deep stem (`resnet50_v1c.pth`, `resnet101-stem.pth`), and the whole
+    DeepLabV2 trained on COCO that AdvSemiSeg published.
+
+    Returns:
+        The backbone, DeepLabV2's classifiers with our keys (nothing for other files), and the names of what is left.
 
     Raises:
         UserError: see `read_state`.
     """
-    return {key: value for key, value in read_state(path).items() if not key.startswith("fc.")}
+    state = _without_wrapper(read_state(path))
+    theirs, ours = "layer5.conv2d_list.", "branches."
+    left = [key for key in state if key.startswith(("fc.", *UNREACHED))]
+    state = {key: value for key, value in state.items() if key not in left}
+    classifier = {ours + key.removeprefix(theirs): value for key, value in state.items() if key.startswith(theirs)}
+    return {key: value for key, value in state.items() if not key.startswith(theirs)}, classifier, left
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: str | Path, entries: Sequence[str] = STATE_ENTRIES) -> dict[str, Tensor]:
     """A state dict from a safetensors or torch file, on the CPU. No code in the file is ever executed.
 
     Args:
-        path: `*.safetensors`, or what `torch.save` wrote: the state dict itself, or below `state_dict` or `model`.
+        path: `*.safetensors`, or what `torch.save` wrote: the state dict itself, or below one of `entries`.
 
     Raises:
         UserError: no such file, a damaged one, one that holds code, one that is no state dict.
     """
+    return state_in(read_file(path), path, entries)
+
+
+def read_file(path: str | Path) -> object:
+    """What a safetensors or torch file holds, on the CPU. Raises UserError as `read_state`."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights {path}: there is no such file")
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    return _read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+
+
+def state_in(content: object, path: str | Path, entries: Sequence[str] = STATE_ENTRIES) -> dict[str, Tensor]:
+    """The state dict in what a file holds: below the first of `entries` that is there, or itself.
+
+    Raises:
+        UserError: it is none.
+    """
+    if isinstance(content, Mapping):
+        content = next((content[name] for name in entries if isinstance(content.get(name), Mapping)), content)
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"weights {path}: the file holds no state dict (names of weights and their tensors)")
-    return dict(state)
+    return dict(content)
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str, target: str) -> None:
@@ -246,7 +277,8 @@ def read_torch(path: Path) -> object:
         UserError: a damaged file, one that holds code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is None:

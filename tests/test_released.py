@@ -1,0 +1,195 @@
+"""Checkpoints as the five repositories write them: evaluated, written as runs of ours, used without the original."""
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from torch import Tensor
+
+from common.config import ModelConfig
+from common.eval_cli import main_eval
+from common.models import build_network
+from common.models.weights import CAC, CPS, MEMORY_BANK, PRCL_CSS, UNREACHED, read_state
+from common.predict import main as predict_main
+from common.usage import read_usage
+from memory_bank.eval import RELEASE
+from tests.conftest import ROOT
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """How one repository writes a checkpoint; `names` are its prefixes -> ours, `heads` weights that we do not have."""
+
+    paper: str
+    model: dict[str, Any]
+    names: Mapping[str, str]
+    file: Any
+    heads: tuple[str, ...] = ()
+    before: tuple[str, ...] = ("",)
+    second: dict[str, Any] = field(default_factory=dict)
+
+
+NOTHING = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}}
+THEIRS = {
+    "prcl": Theirs(
+        "prcl", {"head": "short"}, PRCL_CSS,
+        lambda state: NOTHING | {"model": other(state), "ema": state, "uncer_head": {"gamma": torch.ones(1)}},
+        ("representation.3.bias",),
+    ),
+    "css": Theirs(
+        "css", {"head": "short", "output_stride": 8, "stem": "deep"}, PRCL_CSS,
+        lambda state: NOTHING
+        | {"model": other(state), "ema_model": state, "prototypes": np.ones((21, 256), np.float32)},
+        ("representation.3.bias",),
+    ),
+    "cac": Theirs(
+        "cac_cps", {"head": "deeplab"}, CAC,
+        lambda state: {"arch": "DDP", "epoch": 3, "monitor_best": np.float64(0.7), "state_dict": state, "config": {}},
+        ("module.project.0.bias",), ("module.",),
+    ),
+    "cps": Theirs(
+        "cac_cps", {"head": "cps", "stem": "deep"}, CPS,
+        lambda state: NOTHING | {"model": state, "iteration": 9}, (), ("branch1.", "branch2."),
+    ),
+    "cpcl": Theirs(
+        "cpcl", {"head": "cps", "stem": "deep"}, CPS,
+        lambda state: NOTHING | {"model": state}, (), ("module.branch1.", "module.branch2."),
+    ),
+    "memory_bank": Theirs(
+        "memory_bank", {"head": "v3"}, MEMORY_BANK,
+        lambda state: {"iteration": 9, "model": state, "optimizer": {}}, ("projection_head.0.bias",),
+    ),
+}  # fmt: skip
+
+
+def other(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that are not to be evaluated."""
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+def published(theirs: Theirs, networks: list[torch.nn.Module]) -> dict[str, Tensor]:
+    """The state dict of our networks with their names, and the decoder's channels in their order."""
+    state = {}
+    for before, network in zip(theirs.before, networks):
+        for key, value in network.state_dict().items():
+            official, ours = next((official, ours) for official, ours in theirs.names.items() if key.startswith(ours))
+            if key == "decoder.0.weight":
+                value = torch.cat([value[:, 48:], value[:, :48]], dim=1)
+            state[before + official + key.removeprefix(ours)] = value
+    return state | {head: torch.zeros(4) for head in theirs.heads}
+
+
+def write_theirs(name: str, path: Path, num_classes: int = 21) -> list[torch.nn.Module]:
+    theirs = THEIRS[name]
+    torch.manual_seed(0)
+    model = ModelConfig(num_classes, "resnet18", channels=8, pretrained=False, **theirs.model)
+    networks = [build_network(model) for _ in theirs.before]
+    torch.save(theirs.file(published(theirs, networks)), path)
+    return networks
+
+
+def evaluate(paper: str, *arguments: object) -> None:
+    """As `python <paper>/eval.py` does."""
+    module = importlib.import_module(f"{paper}.eval")
+    options = {name: getattr(module, name) for name in ("protocol_of",) if hasattr(module, name)}
+    second = {"second": "second"} if paper in ("cac_cps", "cpcl") else {}
+    main_eval(paper, module.Config, [*map(str, arguments)], release=module.RELEASE, **options, **second)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def small_config(name: str, shapes_root: Path, path: Path) -> Path:
+    """The paper's demo config for its network of one's own and the built-in data."""
+    theirs = THEIRS[name]
+    content = json.loads((ROOT / theirs.paper / "configs" / "demo.json").read_text())
+    content["data"] |= {"root": str(shapes_root), "split": str(shapes_root / "splits" / "6" / "0"), "workers": 0}
+    content["model"] |= {"channels": 8, "output_stride": 16} | theirs.model
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_written_as_ours_and_used_without_the_original(name, tmp_path, capsys):
+    paper, file, run = THEIRS[name].paper, tmp_path / "theirs.pth", tmp_path / "run"
+    networks = write_theirs(name, file)
+    evaluate(paper, "-e", file, "--convert", run)
+    told = capsys.readouterr().out
+    assert f"note: no --config: {paper}/configs/" in told and "not used of" in told
+    assert all(head.split(".")[-3] in told for head in THEIRS[name].heads)
+    file.unlink()
+    written = read_state(run / "checkpoints" / "last" / "model.safetensors")
+    want = networks[0].state_dict()
+    assert written.keys() == want.keys() and all(torch.equal(written[key], want[key]) for key in want)
+    if len(networks) == 2:
+        extra = read_state(run / "checkpoints" / "last" / "extra.safetensors")
+        assert torch.equal(extra["second/low.0.weight"], networks[1].state_dict()["low.0.weight"])
+    usage = read_usage(run, 21)
+    assert usage.classes[15] == "person" and (usage.protocol.crop is None) == ("cps" not in THEIRS[name].model["head"])
+    Image.new("RGB", (40, 30)).save(tmp_path / "image.png")
+    predict_main([str(run), str(tmp_path / "image.png"), "--out", str(tmp_path / "out"), "-d", "cpu", "--whole"])
+    assert (tmp_path / "out" / "mask" / "image.png").exists()
+    with pytest.raises(SystemExit):
+        evaluate(paper, "-e", tmp_path / "image.png", "--convert", run)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_evaluated_as_it_is(name, shapes_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_theirs(name, tmp_path / "theirs.pth", num_classes=7)
+    config = small_config(name, shapes_root, tmp_path / "small.json")
+    paper = THEIRS[name].paper
+    evaluate(paper, "-e", tmp_path / "theirs.pth", "--config", config, "-d", "cpu")
+    assert "not used of" in capsys.readouterr().out
+    (scores,) = tmp_path.glob(f"runs/{paper}/*/eval/*.json")
+    # The same by way of a run of ours.
+    evaluate(paper, "-e", tmp_path / "theirs.pth", "--config", config, "--convert", tmp_path / "ours")
+    evaluate(paper, tmp_path / "ours", "-d", "cpu")
+    again = json.loads((tmp_path / "ours" / "eval" / "last.json").read_text())
+    assert again["per_class_iou"] == json.loads(scores.read_text())["per_class_iou"]
+
+
+class Runs:
+    """Unpickling it would call print."""
+
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("name", ["prcl", "cpcl", "memory_bank"])
+def test_what_cannot_be_converted_is_told(name, tmp_path, capsys):
+    file, paper = tmp_path / "theirs.pth", THEIRS[name].paper
+
+    def refused(words: str, *arguments: object) -> None:
+        with pytest.raises(SystemExit) as ended:
+            evaluate(paper, *arguments)
+        error = capsys.readouterr().err
+        assert ended.value.code == 2 and re.search(words, error) and len(error.splitlines()) <= 2, error
+
+    refused("goes with -e FILE", "-e", "last", "--convert", tmp_path / "run")
+    torch.save({"model": {"weight": torch.zeros(1)}, "callback": Runs()}, file)
+    refused(r"theirs\.pth: refused, .* print", "-e", file, "--convert", tmp_path / "run")
+    torch.save({"model": {"weight": torch.zeros(1)}}, file)
+    refused("not a published network", "-e", file, "--convert", tmp_path / "run")
+    write_theirs(name, file, num_classes=7)
+    refused("7 classes .* give one with --config", "-e", file, "--convert", tmp_path / "run")
+    write_theirs(name, file)
+    refused("is not empty", "-e", file, "--convert", tmp_path)
+    assert "executed" not in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_classifiers_that_are_never_reached_are_named(tmp_path):
+    network = build_network(ModelConfig(21, "resnet18", head="v2", output_stride=8, pretrained=False))
+    theirs = Theirs("memory_bank", {}, MEMORY_BANK, None)
+    state = published(theirs, [network]) | {f"{prefix}weight": torch.zeros(1) for prefix in UNREACHED}
+    torch.save({"model": state, "iteration": 9}, tmp_path / "theirs.pth")
+    assert RELEASE.left_out(tmp_path / "theirs.pth") == (
+        "iteration, 1 weights layer5.conv2d_list.2.*, 1 weights layer5.conv2d_list.3.*"
+    )
