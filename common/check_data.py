@@ -3,8 +3,8 @@
     python -m common.check_data --config prcl/configs/voc.json --data.root data/VOC2012
 
 Every image of the three lists is decoded, and every label of the labeled and the validation list. Reported are the tree
-that was found, the lists, missing and broken files, sizes, and the share of pixels of each class. The last line is the
-verdict; the exit status is 2 when something is wrong.
+that was found, the lists and which published ones they are, missing and broken files, sizes, and the share of pixels of
+each class. The last line is the verdict; the exit status is 2 when something is wrong.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from rich.table import Table
 from common import IGNORE
 from common.config import DataConfig, SharedConfig, flatten, let_given_lists_win, load_config, seed_split, to_dict
 from common.datasets import Source, open_source
+from common.datasets.published import said_of
 from common.datasets.splits import Split, split_of
 from common.errors import UserError
 
@@ -137,6 +138,7 @@ def check(config: SharedConfig, console: Console) -> list[str]:
     _say(console, f"layout: {source.layout}")
     split = split_of(config.data, source, allow_overlap=True)
     _say(console, f"split: {config.data.lists}")
+    _say(console, said_of(split.labeled, split.unlabeled))
     found = {}
     watch = partial(track, console=console, transient=True, disable=not console.is_terminal)
     for name, names in (("labeled", split.labeled), ("unlabeled", split.unlabeled), ("valid", split.valid)):

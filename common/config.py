@@ -43,7 +43,8 @@ class DataConfig:
         dataset: Kind of dataset tree under `root`; `shapes` is the built-in one, made on first use; `pascal` and
             `pascal_voc` are other words for `voc`.
         root: Folder of the dataset.
-        split: Folder of the lists {labeled,unlabeled,valid}_filename.txt; either this, `labeled_list` or `split_id`.
+        split: Folder of {labeled,unlabeled,valid}_filename.txt, or published lists as they are (see docs/data.md);
+            either this, `labeled_list` or `split_id`.
         labeled_list: File with the labeled images; those for validation are then the dataset's own.
         unlabeled_list: File with the unlabeled images; by default all others for training.
         split_id: An order of the images for training, of which the first are labeled: 0, 1 and 2 are stored in
@@ -56,9 +57,9 @@ class DataConfig:
         allow_overlap: Accept images that are in the labeled and in the unlabeled list.
         skip_bad_files: Take the next image of the list in place of one that cannot be read; by default the run stops.
         workers: Loader processes per training process and stream.
-        image_dir: `folder` only: folder of the images, relative to `root`.
-        label_dir: `folder` only: folder of the labels, relative to `root`.
-        classes: `folder` only: text file with a class name a line, in the order of the ids, relative to `root`.
+        image_dir: `folder` only: folder of the images, absolute or relative to `root`.
+        label_dir: `folder` only: folder of the labels, absolute or relative to `root`.
+        classes: `folder` only: text file with a class a line (docs/your_data.md), absolute or relative to `root`.
     """
 
     dataset: Literal["voc", "pascal", "pascal_voc", "cityscapes", "gta5", "folder", "shapes"]

@@ -73,6 +73,9 @@ def module_of(script: str) -> str:
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--realdata", default=None, help="Folder with real data; tests on it are skipped without.")
+    parser.addoption(
+        "--published", default=None, help="Folder with published lists; tests on them are skipped without."
+    )
     parser.addoption("--every-script", action="store_true", help="Test shared machinery with every training script.")
     parser.addoption("--goldens", default=None, help="Folder <paper>/<file>.npz to compare with in place of our own.")
 

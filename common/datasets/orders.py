@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import DataConfig
+from common.datasets.published import commands, entry_at
 from common.errors import UserError
 
 # What a pickled array of integers is made of; nothing else is ever looked up, let alone run.
@@ -36,8 +37,10 @@ def order_of(data: DataConfig, count: int) -> np.ndarray:
         )
     path = Path(data.order_dir).expanduser() / f"split_{data.split_id}.pkl"
     if not path.is_file():
+        entry = entry_at(path, data.labeled_samples)
+        how = f"get the published ones with\n{commands(entry, data.root, path)}\n" if entry else ""
         raise UserError(
-            f"no stored order {path}: copy the released split_0.pkl, split_1.pkl and split_2.pkl there, set "
+            f"no stored order {path}: {how}copy the released split_0.pkl, split_1.pkl and split_2.pkl there, set "
             f"data.order_dir to their folder, or give {random}"
         )
     order = read_order(path)

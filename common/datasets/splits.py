@@ -1,19 +1,17 @@
 """Which images are labeled, which are not, and which are for validation.
 
 A split is a folder `<root>/<labels>/<seed>` of three lists, one id a line: labeled_filename.txt, unlabeled_filename.txt
-and valid_filename.txt. `splits/make.py` makes them. Where there is no such folder `<root>/<labels>`, the lists that CAC
-published are read: <root>/<labels>_train_supervised.txt, <labels>_train_unsupervised.txt and val.txt, with the paths of
-an image and its label a line.
+and valid_filename.txt. `splits/make.py` makes them, `splits/adopt.py` makes them of published lists. Those are also
+read as they are; common/datasets/lists.py says which.
 
-A config may also name a list of labeled and one of unlabeled images, as CPS published them: an id a line, or the paths
-of an image and its label; or the number of an order of all images for training, as memory bank published them, and how
-many of the first ones are labeled.
+A config may instead name a list of labeled and one of unlabeled images: an id a line, or the paths of an image and its
+label; or the number of an order of all images for training, as memory bank published them, and how many of the first
+ones are labeled.
 """
 
 import hashlib
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +21,9 @@ import numpy as np
 
 from common import IGNORE
 from common.config import DataConfig
+from common.datasets.lists import find_lists, published_id, read_ids
 from common.datasets.orders import order_of
+from common.datasets.published import commands, entry_at
 from common.datasets.source import Source, read_lines
 from common.errors import UserError
 
@@ -61,13 +61,13 @@ def split_of(data: DataConfig, source: Source, allow_overlap: bool | None = None
     if data.split_id is not None:
         return _first_of_order(data, source)
     if data.split is not None:
-        return read_split(data.split, allow_overlap, data.dataset, data.root)
+        return read_split(data.split, allow_overlap, data.dataset, data.root, source)
     paths = {"labeled": Path(data.labeled_list).expanduser()}
-    labeled = _read_ids(paths["labeled"], source)
+    labeled = _read_list(paths["labeled"], source, data)
     split = replace(complete(source, labeled), labeled=labeled)
     if data.unlabeled_list is not None:
         paths["unlabeled"] = Path(data.unlabeled_list).expanduser()
-        split = replace(split, unlabeled=_read_ids(paths["unlabeled"], source))
+        split = replace(split, unlabeled=_read_list(paths["unlabeled"], source, data))
     return _checked(split, data.lists, lambda kind: paths.get(kind, source.layout), allow_overlap)
 
 
@@ -76,28 +76,35 @@ def valid_of(data: DataConfig, source: Source) -> list[str]:
     return _own_valid(source) if data.split_id is not None else split_of(data, source).valid
 
 
-def read_split(folder: str | Path, allow_overlap: bool = False, dataset: str = "DATASET", root: str = "ROOT") -> Split:
+def read_split(
+    folder: str | Path,
+    allow_overlap: bool = False,
+    dataset: str = "DATASET",
+    root: str = "ROOT",
+    source: Source | None = None,
+) -> Split:
     """Read a split.
 
     Args:
-        folder: holds {labeled,unlabeled,valid}_filename.txt; or <root>/<labels> of CAC's lists.
+        folder: a split, or lists as they were published: see common/datasets/lists.py.
         allow_overlap: accept images that are labeled and unlabeled; labels of the unlabeled list are never opened.
         dataset: kind of the dataset, and
-        root: its folder, for the command that is told when the split is missing.
+        root: its folder, for the commands that are told when the split is missing.
+        source: of the dataset, whose own images for validation stand in for a list that was not published.
 
     Raises UserError for a missing or empty list (an empty unlabeled one is accepted), a line that is no id, an id that
     is twice in a list, and labeled images in the unlabeled list.
     """
     folder = Path(folder).expanduser()
-    if not folder.is_dir() and _paths_list(folder, "labeled").is_file():
-        split = Split(*(_read_paths(_paths_list(folder, kind)) for kind in ("labeled", "unlabeled", "valid")))
-        return _checked(split, folder, lambda kind: _paths_list(folder, kind), allow_overlap)
-    if not folder.is_dir():
-        raise UserError(
-            f"no split {folder}: point data.split at published lists, or make it:\n  {_command(folder, dataset, root)}"
-        )
-    split = Split(*(_read_list(_list_path(folder, kind)) for kind in ("labeled", "unlabeled", "valid")))
-    return _checked(split, folder, lambda kind: _list_path(folder, kind), allow_overlap)
+    files = find_lists(folder)
+    if files is None:
+        raise UserError(_no_split(folder, dataset, root))
+    names = files.names(source.id_of if source else published_id)
+    if "valid" not in names:
+        if source is None:
+            raise UserError(f"{folder}: no list for validation was published with it: give --dataset and --data-root")
+        names["valid"] = source.names("val")
+    return _checked(Split(**names), folder, lambda kind: files.paths.get(kind, folder), allow_overlap)
 
 
 def _checked(split: Split, told: str | Path, path_of: Callable[[str], str | Path], allow_overlap: bool) -> Split:
@@ -138,13 +145,19 @@ def write_split(folder: str | Path, split: Split) -> None:
                 raise
 
 
-def complete(source: Source, labeled: Sequence[str]) -> Split:
-    """The split of `labeled`: every other image for training is unlabeled, and the dataset's own are for validation.
+def complete(source: Source, labeled: Sequence[str], valid: Sequence[str] | None = None) -> Split:
+    """The split of `labeled`: every other image for training is unlabeled.
 
-    Raises UserError when the dataset has none for validation.
+    Args:
+        source: of the dataset.
+        labeled: ids.
+        valid: for validation; by default the dataset's own.
+
+    Raises UserError when there are none for validation.
     """
-    chosen, valid = set(labeled), _own_valid(source)
-    return Split(sorted(chosen), [name for name in source.names("train") if name not in chosen], valid)
+    valid = _own_valid(source) if valid is None else list(valid)
+    taken = {*labeled, *valid}
+    return Split(sorted(set(labeled)), [name for name in source.names("train") if name not in taken], valid)
 
 
 def _own_valid(source: Source) -> list[str]:
@@ -186,7 +199,7 @@ def choose_class_covering(source: Source, names: Sequence[str], count: int, seed
     """
     ranked = _ranked(names, count, seed)
     with ThreadPoolExecutor() as pool:
-        occurs = np.stack(list(pool.map(lambda name: _classes_in(source, name), ranked)))
+        occurs = np.stack(list(pool.map(lambda name: classes_in(source, name), ranked)))
     wanted = occurs.any(0)
     for replaced in range(count + 1):
         kept = count - replaced
@@ -216,7 +229,7 @@ def _ranked(names: Sequence[str], count: int, seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
 
 
-def _classes_in(source: Source, name: str) -> np.ndarray:
+def classes_in(source: Source, name: str) -> np.ndarray:
     """bool [C]: which classes the label of `name` shows."""
     counts = np.bincount(source.read_label(name).numpy().ravel(), minlength=IGNORE + 1)
     return counts[: len(source.classes)] > 0
@@ -235,47 +248,11 @@ def _list_path(folder: Path, kind: str) -> Path:
     return folder / f"{kind}_filename.txt"
 
 
-def _paths_list(folder: Path, kind: str) -> Path:
-    """The list that CAC published for the split that is called `folder`."""
-    names = {"labeled": "_train_supervised", "unlabeled": "_train_unsupervised"}
-    return folder.parent / ("val.txt" if kind == "valid" else f"{folder.name}{names[kind]}.txt")
-
-
-def _read_paths(path: Path) -> list[str]:
-    """Ids of a list of CAC: the names of the images, without folder and ending."""
+def _read_list(path: Path, source: Source, data: DataConfig) -> list[str]:
     if not path.is_file():
-        raise UserError(
-            f"no list {path}: CAC's splits have *_train_supervised.txt, *_train_unsupervised.txt and val.txt"
-        )
-    lines = [line.split() for line in read_lines(path)]
-    for line in lines:
-        if len(line) != 2:
-            raise UserError(f"{path} holds the line {' '.join(line)!r}: lines have the paths of an image and its label")
-    return _once([Path(image).stem for image, _ in lines], path)
-
-
-def _read_ids(path: Path, source: Source) -> list[str]:
-    """Ids of a list of CPS, where a line is an id, or the paths of an image and of its label."""
-    if not path.is_file():
-        raise UserError(f"no list {path}: set data.labeled_list and data.unlabeled_list to files that are there")
-    return _once([source.id_of(line.split()[0]) if set(line) & set("/\t") else line for line in read_lines(path)], path)
-
-
-def _read_list(path: Path) -> list[str]:
-    if not path.is_file():
-        raise UserError(f"no list {path}: a split has labeled_, unlabeled_ and valid_filename.txt")
-    names = read_lines(path)
-    for name in names:
-        if set(name) & set("/\\\t"):
-            raise UserError(f"{path} holds the line {name!r}: lists have one id a line")
-    return _once(names, path)
-
-
-def _once(names: list[str], path: Path) -> list[str]:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise UserError(f"{path}: {len(twice)} ids occur more than once, {twice[0]} for one: remove the repetitions")
-    return names
+        how = "set data.labeled_list and data.unlabeled_list to files that are there"
+        raise UserError(f"no list {path}: {how}{_published(path, data.root)}")
+    return read_ids(path, source.id_of)
 
 
 def _holds(folder: Path, split: Split) -> bool:
@@ -290,10 +267,20 @@ def _holds(folder: Path, split: Split) -> bool:
     return True
 
 
-def _command(folder: Path, dataset: str, root: str) -> str:
-    """The command that makes the split, as far as its folder tells."""
+def _no_split(folder: Path, dataset: str, root: str) -> str:
+    """That there is no split, and the commands that get or make one, as far as its folder tells."""
+    if folder.is_file():
+        return f"split {folder} is no labeled list: published lists of other kinds are read by splits/adopt.py"
     labels, seed = folder.parent.name, folder.name
     if not (labels.isdigit() and seed.isdigit()):
         labels, seed = "N", "SEED"
     out = folder.parent.parent if labels != "N" else "SPLITS"
-    return f"python splits/make.py --dataset {dataset} --data-root {root} --labels {labels} --seed {seed} --out {out}"
+    flags = f"--dataset {dataset} --data-root {root} --labels {labels} --seed {seed} --out {out}"
+    how = f"point data.split at published lists{_published(folder, root)}, or make it"
+    return f"no split {folder}: {how}:\n  python splits/make.py {flags}"
+
+
+def _published(path: Path, root: str) -> str:
+    """The commands that put a published list at `path`; empty where none belongs there."""
+    entry = entry_at(path)
+    return f", those of {entry['name']} with\n{commands(entry, root, path)}\n" if entry else ""

@@ -1,0 +1,144 @@
+"""Adopt a published split: say which one some lists are, and turn them into this project's layout.
+
+    python splits/adopt.py published/PRCL/VOC_split/662/3407 --out splits/voc/662/3407
+
+PATH is what a paper published: a folder, a labeled list beside its unlabeled one, or an order of images
+(`split_<id>.pkl`, with --labels); common/datasets/lists.py says what is known. The ids are compared with the checksums
+in splits/published.json: lists at a published split's own path that differ from it are refused, others are told by name
+or as none. With --out the split is written there, as labeled_, unlabeled_ and valid_filename.txt.
+
+--dataset and --data-root are for what was published without images for validation, which are then the dataset's own,
+and for orders of images, which count through its sorted images for training.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.config import DataConfig
+from common.datasets import open_source
+from common.datasets.lists import KINDS, find_lists, published_id, read_ids
+from common.datasets.orders import read_order
+from common.datasets.published import TEST_LIST, checksum, commands, entry_at, record, said_of, same_as
+from common.datasets.source import Source
+from common.datasets.splits import Split, write_split
+from common.errors import UserError, told
+
+NEEDS_DATASET = "give the dataset with --dataset and --data-root"
+
+
+@told
+def main(argv: Sequence[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    if (args.dataset is None) != (args.data_root is None):
+        raise UserError("--dataset and --data-root go together")
+    source = open_source(DataConfig(args.dataset, args.data_root)) if args.dataset else None
+    path = Path(args.path).expanduser()
+    if path.is_file() and path.suffix != ".pkl" and find_lists(path) is None:
+        _say_list(path, args.out)
+        return
+    split = read_order_split(path, args.labels, source) if path.suffix == ".pkl" else read_lists(path)
+    _check_published(path, args.labels, split)
+    print(f"{path}: {len(split.labeled)} labeled, {len(split.unlabeled)} unlabeled, {len(split.valid)} for validation")
+    print(said_of(split.labeled, split.unlabeled))
+    known = same_as(split.labeled, split.unlabeled)
+    for defect in sorted({defect for entry in known for defect in entry["defects"]}):
+        print(f"known defect: {defect}")
+    if args.out:
+        split = _completed(path, split, source)
+        write_split(args.out, split)
+        print(f"{args.out}: written, {len(split.valid)} for validation; use it with --data.split {args.out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", help="published lists")
+    parser.add_argument("--out", help="folder of the split that is written")
+    parser.add_argument("--labels", type=int, help="of an order of images: how many are labeled")
+    parser.add_argument("--dataset", choices=("voc", "cityscapes"))
+    parser.add_argument("--data-root", help="folder of the dataset")
+    return parser
+
+
+def read_lists(path: Path) -> Split:
+    """The lists at `path`, without images for validation where none were published.
+
+    Raises UserError where there are none, or a line or an id is not as it has to be.
+    """
+    files = find_lists(path)
+    if files is None:
+        entry = entry_at(path)
+        how = (
+            f": get them with\n{commands(entry, 'ROOT', entry['place'])}"
+            if entry
+            else ", see splits/README.md for what is known"
+        )
+        raise UserError(f"no published lists at {path}{how}")
+    return Split(**{"valid": []} | files.names(published_id))
+
+
+def read_order_split(path: Path, labels: int | None, source: Source | None) -> Split:
+    """The first `labels` images of a stored order, and the others. Raises UserError where the dataset has not as many.
+
+    memory_bank's release counts through Cityscapes in the order of the disk, which nobody knows: here paths are sorted.
+    """
+    order = read_order(path)
+    if labels is None or not 0 < labels <= len(order):
+        raise UserError(f"{path} is an order of {len(order)} images: give --labels, from 1 to {len(order)}")
+    if source is None:
+        raise UserError(f"{path} is an order of images: {NEEDS_DATASET}")
+    names = source.names("train")
+    if len(names) != len(order):
+        raise UserError(f"{path} is an order of {len(order)} images, but {source.layout} has {len(names)} for training")
+    ordered = [names[index] for index in order]
+    return Split(ordered[:labels], ordered[labels:], [])
+
+
+def _say_list(path: Path, out: str | None) -> None:
+    """Say which published list a single one is. Raises UserError where it is to be a split, and as `_refuse_other`."""
+    if out:
+        raise UserError(f"{path} is one list, no labeled list beside an unlabeled one: see splits/README.md")
+    ids = read_ids(path, published_id)
+    _refuse_other(path, entry_at(path), "", ids)
+    same = [entry["name"] for entry in record()["lists"] if entry["sha256"] == checksum(ids)]
+    print(f"{path}: {len(ids)} images\npublished list: {' = '.join(same) or 'none'}")
+
+
+def _check_published(path: Path, labels: int | None, split: Split) -> None:
+    """Raises UserError where a published split's own path holds other ids."""
+    entry = entry_at(path, labels)
+    for kind in KINDS if entry else ():
+        if kind != "valid" or split.valid:  # a copy without the list for validation is as good
+            _refuse_other(path, entry[kind], f"{kind} ", getattr(split, kind))
+
+
+def _refuse_other(path: Path, summary: dict[str, Any] | None, kind: str, ids: list[str]) -> None:
+    """Raises UserError where `ids` are not those that `summary` records; there may be none."""
+    if summary and checksum(ids) != summary["sha256"]:
+        raise UserError(
+            f"{path}: the {kind}list is not the published one ({len(ids)} ids, published: {summary['count']}; the"
+            " checksum differs): get it anew, or move it to use it as your own"
+        )
+
+
+def _completed(path: Path, split: Split, source: Source | None) -> Split:
+    """The split with images for validation. Raises UserError for overlaps that no published split is known for."""
+    known = same_as(split.labeled, split.unlabeled)
+    both = sorted(set(split.labeled) & set(split.unlabeled))
+    if both and not known:
+        raise UserError(f"{path}: {len(both)} images are both labeled and unlabeled, {both[0]} for one: mend the lists")
+    listed = {checksum(split.valid)} & {entry["valid"]["sha256"] for entry in known if TEST_LIST in entry["defects"]}
+    if split.valid and not listed:
+        return split
+    if source is None:
+        why = TEST_LIST if listed else "no list for validation was published with it"
+        raise UserError(f"{path}: {why}; {NEEDS_DATASET}")
+    valid = source.names("val")
+    if not valid:
+        raise UserError(f"{source.layout}: no images for validation")
+    return Split(split.labeled, split.unlabeled, valid)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Write splits/published.json from the published lists: their counts and checksums, and what is wrong with them.
+
+    python splits/record.py published
+
+expects clones below `published`, or only the folders with lists in them, each in a folder with its repository's name in
+the table below. A list that is not whole, or has a defect that is not known, ends it.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.datasets.lists import find_lists, published_id, read_ids
+from common.datasets.orders import read_order
+from common.datasets.published import SAME_LIST, SHARED_ID, TEST_LIST, checksum
+from common.errors import UserError, told
+
+RECORD = Path(__file__).parent / "published.json"
+
+REPOSITORIES = {
+    "PRCL": "https://github.com/Haoyu-Xie/PRCL",
+    "CAC": "https://github.com/dvlab-research/Context-Aware-Consistency",
+    "TorchSemiSeg": "https://github.com/charlesCXK/TorchSemiSeg",
+    "SemiSeg-Contrastive": "https://github.com/Shathe/SemiSeg-Contrastive",
+    "UniMatch": "https://github.com/LiheYoung/UniMatch",
+    "reco": "https://github.com/lorenmt/reco",
+}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Splits that a repository keeps alike.
+
+    Attributes:
+        repository: its name.
+        path: pattern of what splits/adopt.py is given.
+        dataset: voc or cityscapes.
+        whole: the list that labeled and unlabeled images make together.
+        place: folder where configs expect them, below which is what follows `fixed` in their path.
+        fixed: the path's first part, which `place` stands for.
+        known: defects that they may have, and nothing but these.
+        labels: of orders of images: how many are labeled in the paper's configs.
+    """
+
+    repository: str
+    path: str
+    dataset: str
+    whole: str
+    place: str
+    fixed: str
+    known: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+
+
+SPLITS = (
+    Splits("PRCL", "VOC_split/*/*", "voc", "train_aug", "splits/voc", "VOC_split"),
+    Splits(
+        "PRCL", "CityScapes_split/*/*", "cityscapes", "train", "splits/cityscapes", "CityScapes_split", (TEST_LIST,)
+    ),
+    Splits("CAC", "dataloaders/voc_splits*/*_train_supervised.txt", "voc", "train_aug", "splits", "dataloaders"),
+    Splits(
+        "CAC",
+        "dataloaders/city_splits*/*_train_supervised.txt",
+        "cityscapes",
+        "train",
+        "splits",
+        "dataloaders",
+        (SAME_LIST,),
+    ),
+    Splits(
+        "TorchSemiSeg", "DATA/pascal_voc/subset_train_aug/train_aug_labeled_*.txt", "voc", "train_aug", "data", "DATA"
+    ),
+    Splits(
+        "TorchSemiSeg",
+        "DATA/pascal_voc/subset_train_aug/pseudoseg_labeled_*.txt",
+        "voc",
+        "train",
+        "data",
+        "DATA",
+        (SHARED_ID,),
+    ),
+    Splits("TorchSemiSeg", "DATA/city/config_new/subset_train/*_labeled_*.txt", "cityscapes", "train", "data", "DATA"),
+    Splits("UniMatch", "splits/pascal/*/labeled.txt", "voc", "train_aug", "splits/unimatch", "splits"),
+    Splits("UniMatch", "splits/cityscapes/*/labeled.txt", "cityscapes", "train", "splits/unimatch", "splits"),
+    Splits(
+        "SemiSeg-Contrastive",
+        "splits/voc/*.pkl",
+        "voc",
+        "train_aug",
+        "splits",
+        "splits",
+        labels=(212, 530, 1323),
+    ),
+    Splits(
+        "SemiSeg-Contrastive",
+        "splits/city/*.pkl",
+        "cityscapes",
+        "train",
+        "splits",
+        "splits",
+        labels=(100, 372, 744),
+    ),
+)
+
+# Lists that are no splits. The first of each dataset and name is what all others of that name have to hold.
+LISTS = {
+    "voc": {
+        "train_aug": (
+            "SemiSeg-Contrastive/data/voc_list/train_aug.txt",
+            "UniMatch/splits/pascal/train_aug.txt",
+            "reco/dataset/pascal/train_aug.txt",
+        ),
+        "train": ("UniMatch/splits/pascal/1464/labeled.txt", "CAC/dataloaders/voc_splits0/1464_train_supervised.txt"),
+        "val": (
+            "SemiSeg-Contrastive/data/voc_list/val.txt",
+            "UniMatch/splits/pascal/val.txt",
+            "reco/dataset/pascal/val.txt",
+            *(f"CAC/dataloaders/voc_splits{number}/val.txt" for number in range(3)),
+        ),
+    },
+    "cityscapes": {
+        "train": ("TorchSemiSeg/DATA/city/config_new/train.txt",),
+        "val": (
+            "TorchSemiSeg/DATA/city/config_new/val.txt",
+            "UniMatch/splits/cityscapes/val.txt",
+            *(f"CAC/dataloaders/city_splits{number}/val.txt" for number in range(3)),
+        ),
+        "test": ("TorchSemiSeg/DATA/city/config_new/test.txt",),
+        "train_val": ("TorchSemiSeg/DATA/city/config_new/train_val.txt",),
+        **{
+            f"train_extra_{count}": (f"TorchSemiSeg/DATA/city/config_new/coarse_split/train_extra_{count}.txt",)
+            for count in (3000, 6000, 9000)
+        },
+    },
+}
+
+# Where configs expect the first of these.
+PLACES = {"voc": {name: f"data/pascal_voc/{name}.txt" for name in ("train_aug", "train")}, "cityscapes": {}}
+
+
+@told
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the repositories")
+    made = record_of(parser.parse_args(argv).folder)
+    RECORD.write_text(as_text(made), encoding="utf-8")
+    print(f"{RECORD}: {len(made['splits'])} splits, {len(made['lists'])} lists")
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """What splits/published.json holds, from the lists below `folder`.
+
+    Raises UserError for a missing file, a list that is not whole and a defect that is not known.
+    """
+    wholes: dict[str, dict[str, list[str]]] = {}
+    lists = []
+    for dataset, named in LISTS.items():
+        wholes[dataset] = {}
+        for name, paths in named.items():
+            for path in paths:
+                ids = read_ids(files_of(folder, path)[path], published_id)
+                if set(ids) != set(wholes[dataset].setdefault(name, ids)):
+                    raise UserError(f"{path} does not hold the images of {paths[0]}")
+                lists.append({"name": path, "dataset": dataset, "list": name, **_summary(ids)})
+            if name in PLACES[dataset]:
+                lists[-len(paths)]["place"] = PLACES[dataset][name]
+    splits = [entry for kept in SPLITS for entry in _entries(folder, kept, wholes[kept.dataset])]
+    return {"repositories": REPOSITORIES, "lists": lists, "splits": splits}
+
+
+def files_of(folder: Path, pattern: str) -> dict[str, Path]:
+    """Files by <repository>/<path in it>, those of a pattern; the first folders of a path may be missing.
+
+    Raises UserError where there are none.
+    """
+    repository, *parts = pattern.split("/")
+    for start in range(len(parts)):
+        root = Path(folder, repository)
+        if found := sorted(root.glob("/".join(parts[start:]))):
+            left = "/".join([repository, *parts[:start]])
+            return {f"{left}/{path.relative_to(root).as_posix()}": path for path in found}
+    raise UserError(f"no {pattern} below {folder}")
+
+
+def as_text(record: dict[str, Any]) -> str:
+    """JSON with a line for every list, so that a difference shows which one changed."""
+    parts = [f' "repositories": {json.dumps(record["repositories"], indent=2)}']
+    for key in ("lists", "splits"):
+        lines = ",\n".join(f"  {json.dumps(entry)}" for entry in record[key])
+        parts.append(f' "{key}": [\n{lines}\n ]')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _entries(folder: Path, kept: Splits, wholes: dict[str, list[str]]) -> Iterator[dict[str, Any]]:
+    """The entries of all splits of a pattern."""
+    for path, file in files_of(folder, f"{kept.repository}/{kept.path}").items():
+        name = path.removesuffix("_train_supervised.txt").removesuffix("/labeled.txt")
+        place = f"{kept.place}/{name.removeprefix(f'{kept.repository}/{kept.fixed}/')}"
+        if kept.labels:
+            names, order = sorted(wholes[kept.whole]), read_order(file)
+            for labels in kept.labels:
+                split = [names[index] for index in order[:labels]], [names[index] for index in order[labels:]], None
+                yield _entry(name, kept, wholes, *split) | {"labels": labels, "place": place}
+            continue
+        lists = find_lists(file.parent if file.name == "labeled.txt" else file).names(published_id)
+        yield _entry(name, kept, wholes, lists["labeled"], lists["unlabeled"], lists.get("valid")) | {"place": place}
+
+
+def _entry(
+    name: str, kept: Splits, wholes: dict[str, list[str]], labeled: list[str], unlabeled: list[str], valid: list | None
+) -> dict[str, Any]:
+    defects = []
+    if both := set(labeled) & set(unlabeled):
+        defects.append(
+            SAME_LIST
+            if set(labeled) == set(unlabeled)
+            else SHARED_ID
+            if len(both) == 1
+            else f"{len(both)} images are labeled and unlabeled"
+        )
+    if set(labeled) | set(unlabeled) != set(wholes[kept.whole]):
+        defects.append(f"not the {len(wholes[kept.whole])} images of {kept.whole}")
+    if valid is not None and set(valid) != set(wholes["val"]):
+        defects.append(TEST_LIST if set(valid) == set(wholes.get("test", ())) else "not the validation images")
+    if unknown := set(defects) - set(kept.known):
+        raise UserError(f"{name}: {', '.join(sorted(unknown))}: no known defect of these lists")
+    return {
+        "name": name,
+        "dataset": kept.dataset,
+        "whole": kept.whole,
+        "labeled": _summary(labeled),
+        "unlabeled": _summary(unlabeled),
+        "valid": None if valid is None else _summary(valid),
+        "defects": defects,
+    }
+
+
+def _summary(ids: Sequence[str]) -> dict[str, Any]:
+    return {"count": len(ids), "sha256": checksum(ids)}
+
+
+if __name__ == "__main__":
+    main()
