@@ -7,6 +7,9 @@ Labeled images are chosen among those for training that have a label (with --amo
 others for training are unlabeled; the dataset's own validation images are for validation. A split that exists is never
 written over.
 
+Your own data (--dataset folder, docs/your_data.md) may have no images for validation: --valid 1/5 draws a fifth of
+those with a label, the same ones whatever seed and number of labels. All labels are read and checked first.
+
 Methods:
   random          each image alike; of one seed, fewer labels are part of more
   class-covering  random, but every class that occurs in the dataset occurs in the labeled images
@@ -17,17 +20,22 @@ Methods:
 import argparse
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
+
 from common.config import DataConfig
 from common.datasets import open_source
-from common.datasets.source import read_lines
+from common.datasets.folder import Folder
+from common.datasets.source import Source, read_lines
 from common.datasets.splits import (
     candidates,
     choose_class_covering,
     choose_every,
     choose_random,
+    classes_in,
     complete,
     write_split,
 )
@@ -44,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = candidates(source)
     if args.among:
         names = _among(names, args.among)
+    if args.dataset == "folder":
+        check_labels(source, names)
+    valid = None
+    if args.valid:
+        valid = _draw_valid(source, names, args.valid)
+        names = sorted(set(names) - set(valid))
     count = _count(args.labels, len(names))
     method = args.method or ("class-covering" if args.dataset == "shapes" else "random")
     if method == "random":
@@ -52,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         labeled = choose_class_covering(source, names, count, args.seed)
     else:
         labeled = choose_every(names, _step(args.labels, len(names)))
-    split = complete(source, labeled)
+    split = complete(source, labeled, valid)
     folder = Path(args.out, str(len(split.labeled)), str(args.seed))
     write_split(folder, split)
     print(
@@ -73,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="list of ids, one a line: only these become labeled (VOC's own train.txt: the classic protocol)",
     )
+    parser.add_argument(
+        "--valid",
+        help="of --dataset folder: number of images for validation, or their share of those with a label: 1/5",
+    )
     parser.add_argument("--out", required=True, help="the split is written to OUT/<labels>/<seed>")
     parser.add_argument("--method", choices=("random", "class-covering", "every-rth"), help=METHOD_HELP)
     parser.add_argument("--image-dir", default=DataConfig.image_dir, help="of --dataset folder, as data.image_dir")
@@ -89,9 +107,38 @@ def _among(names: Sequence[str], path: Path) -> list[str]:
     return [name for name in names if name in wanted]
 
 
-def _count(labels: str, total: int) -> int:
-    """The number of labeled images of `total`; a share is rounded up, as in the published lists."""
-    share = _number(labels)
+def check_labels(source: Folder, names: Sequence[str]) -> None:
+    """Read the labels of `names` and say which classes occur in them.
+
+    Raises UserError where there are none, and for the first that is broken, has another size than its image, or holds a
+    value or a colour that is neither a class nor to be ignored.
+    """
+    strays = source.stray_labels()
+    if not names:
+        hint = f"; {strays[0]}.png belongs to no image, for one" if strays else ""
+        raise UserError(f"{source.layout}: no image has a label: a label has the name of its image{hint}")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: source.check_size(name, with_label=True), names))
+        occurs = np.stack(list(pool.map(lambda name: classes_in(source, name), names))).any(0)
+    print(f"{len(names)} images have a label; {len(source.names('train')) - len(names)} have none")
+    if strays:
+        print(f"note: {len(strays)} labels belong to no image, {strays[0]}.png for one")
+    if absent := [name for name, seen in zip(source.classes, occurs) if not seen]:
+        print(f"note: no label shows {', '.join(absent)}")
+
+
+def _draw_valid(source: Source, names: Sequence[str], share: str) -> list[str]:
+    if not isinstance(source, Folder) or source.has_validation:
+        raise UserError(f"--valid {share}: {source.layout} has its own images for validation")
+    count = _count(share, len(names), "--valid")
+    if count >= len(names):
+        raise UserError(f"--valid {share}: of {len(names)} images with a label none is left to learn from")
+    return sorted(choose_random(names, count, seed=0))
+
+
+def _count(labels: str, total: int, flag: str = "--labels") -> int:
+    """The number of images of `total` that are asked for; a share is rounded up, as in the published lists."""
+    share = _number(labels, flag)
     return math.ceil(share * total) if "/" in labels else int(share)
 
 
@@ -109,13 +156,13 @@ def _step(labels: str, total: int) -> int:
     return step
 
 
-def _number(labels: str) -> Fraction:
+def _number(labels: str, flag: str = "--labels") -> Fraction:
     try:
         number = Fraction(labels)
     except (ValueError, ZeroDivisionError):
-        raise UserError(f"--labels {labels}: give a number of images or a share such as 1/8") from None
+        raise UserError(f"{flag} {labels}: give a number of images or a share such as 1/8") from None
     if number <= 0 or ("/" in labels and number > 1) or ("/" not in labels and number.denominator != 1):
-        raise UserError(f"--labels {labels}: give a number of images or a share such as 1/8")
+        raise UserError(f"{flag} {labels}: give a number of images or a share such as 1/8")
     return number
 
 

@@ -1,40 +1,79 @@
 """Any folder of images beside a folder of labels."""
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from common.datasets.source import UNKNOWN, Source, Subset, existing_root, read_lines, table_of, voc_palette
+from common import IGNORE
+from common.datasets.colors import Color, ids_of_colors
+from common.datasets.source import (
+    UNKNOWN,
+    Source,
+    Subset,
+    apply_table,
+    existing_root,
+    open_label,
+    read_lines,
+    stored_ids,
+    table_of,
+    voc_palette,
+)
 from common.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LABEL_SUFFIXES = (".png",)
 SUBSET_FIELD = "{subset}"
+IGNORED = "ignore"
+
+
+@dataclass(frozen=True)
+class ClassList:
+    """What a class list says.
+
+    Attributes:
+        names: of the classes, in the order of their ids.
+        colors: of the classes in masks of colours; empty where masks hold ids.
+        ignored_ids, ignored_colors: what in the masks is no class and becomes 255, which always is.
+    """
+
+    names: tuple[str, ...]
+    colors: tuple[Color, ...]
+    ignored_ids: tuple[int, ...]
+    ignored_colors: tuple[Color, ...]
 
 
 class Folder(Source):
-    """Ids are the stems of the image files. Labels are palette or 8-bit grey PNGs of 0..C-1 and 255.
+    """Ids are the stems of the image files. Labels are PNGs: palette or 8-bit grey ones of 0..C-1 and 255, or pictures
+    of any kind where the class list has colours.
 
     Args:
         root: folder of the dataset.
-        image_dir: folder of the images (.jpg, .png, .webp) below `root`. `{subset}` in it stands for `train` and
-            `val`: `images/{subset}`, or `{subset}` beside `{subset}annot`. Without it, `val.txt` below `root` lists the
-            ids for validation, and all others are for training.
-        label_dir: folder of the labels below `root`, in the same way. Files have the stem of their image, or all of
+        image_dir: folder of the images (.jpg, .png, .webp), absolute or below `root`. `{subset}` in it stands for
+            `train` and `val`: `images/{subset}`, or `{subset}` beside `{subset}annot`. Without it, `val.txt` below
+            `root` lists the ids for validation, and all others are for training; without both, a split says.
+        label_dir: folder of the labels, in the same way. Files have the stem of their image, or all of
             them have the same ending after it (`0001TP_L.png`). Images for training may lack one.
-        classes: text file below `root`, a class name a line, in the order of the ids.
+        classes: text file below `root`, a class a line, in the order of the ids: `road`, or `road 128 64 128` with its
+            colour. Lines `ignore 250` and `ignore 0 0 0` name ids and colours that are no class.
 
-    Raises UserError when a folder or the class list is missing or an id occurs twice.
+    Raises UserError when a folder or the class list is missing, a line of it is wrong, or an id occurs twice.
     """
-
-    palette = voc_palette()
 
     def __init__(self, root: str | Path, image_dir: str, label_dir: str, classes: str) -> None:
         root = existing_root(root)
         self._root = root
         self._image_dir, self._label_dir = image_dir, label_dir
-        self.classes = _read_classes(root / classes)
-        self._table = table_of(range(len(self.classes)))
+        self._list_path = root / classes
+        self._list = read_classes(self._list_path)
+        self.classes = self._list.names
+        self.palette = voc_palette()
+        if self._list.colors:
+            self.palette[: len(self.classes)] = self._list.colors
+        self._table = table_of(range(len(self.classes)), (IGNORE, *self._list.ignored_ids))
         self._by_subset = SUBSET_FIELD in image_dir
         self._images = _files(root, image_dir, IMAGE_SUFFIXES)
         if not self._images:
@@ -55,9 +94,32 @@ class Folder(Source):
             return sorted(set(self._images) - val)
         if not val:
             raise UserError(
-                f"no images for validation: list their ids in {listed}, or put {SUBSET_FIELD} in data.image_dir"
+                f"no images for validation: draw some with splits/make.py --valid 1/5, list their ids in {listed},"
+                f" or put {SUBSET_FIELD} in data.image_dir"
             )
         return sorted(val)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the folders or a list say which images are for validation."""
+        return self._by_subset or (self._root / "val.txt").is_file()
+
+    def stray_labels(self) -> list[str]:
+        """Sorted stems of the label files that belong to no image."""
+        return sorted(self._labels.keys() - {name + self._ending for name in self._images})
+
+    def read_label(self, name: str) -> Tensor:
+        path = self.label_path(name)
+        picture = open_label(path)
+        if self._list.colors:
+            if picture.mode in ("1", "L"):
+                picture = picture.convert("RGB")
+            known = str(self._list_path)
+            ids = ids_of_colors(picture, path, self._list.colors, self._list.ignored_colors, known)
+            return torch.from_numpy(ids)
+        if picture.mode in ("RGB", "RGBA"):
+            raise UserError(f"label {path} is a picture of colours: write those of the classes into {self._list_path}")
+        return torch.from_numpy(apply_table(self._label_table(path), stored_ids(picture, path), path))
 
     def _image_candidates(self, name: str) -> list[Path]:
         return [self._images.get(name, self._root / self._image_dir / f"{name}.*")]
@@ -70,13 +132,52 @@ class Folder(Source):
         return self._table
 
 
-def _read_classes(path: Path) -> tuple[str, ...]:
+def read_classes(path: Path) -> ClassList:
+    """Read a class list. Raises UserError naming the line that is wrong."""
     if not path.is_file():
         raise UserError(f"no class list {path}: write one name a line, in the order of the ids, and set data.classes")
-    names = tuple(read_lines(path))
-    if not 1 < len(names) <= UNKNOWN:
-        raise UserError(f"class list {path} has {len(names)} names: it takes 2 to {UNKNOWN}")
-    return names
+    lines = [_class_line(line) for line in read_lines(path)]
+    classes = [(name, values) for name, values in lines if name != IGNORED or not values]
+    ignored = [values for name, values in lines if name == IGNORED and values]
+    found = ClassList(
+        tuple(name for name, _ in classes),
+        tuple(values for _, values in classes if values),
+        tuple(values[0] for values in ignored if len(values) == 1),
+        tuple(values for values in ignored if len(values) == 3),
+    )
+    if wrong := _wrong_classes(found, [name for name, values in classes if not values]):
+        raise UserError(f"class list {path}: {wrong}")
+    return found
+
+
+def _class_line(line: str) -> tuple[str, tuple[int, ...]]:
+    """The name in a line and the numbers after it: a colour, an ignored value, or none."""
+    words = line.replace(",", " ").split()
+    count = 1 if words[0] == IGNORED and len(words) == 2 else 3
+    values = words[-count:]
+    if len(words) > count and all(value.isdecimal() for value in values):
+        return " ".join(words[:-count]), tuple(map(int, values))
+    return line, ()
+
+
+def _wrong_classes(found: ClassList, colorless: list[str]) -> str | None:
+    """What is wrong with a class list, if anything is."""
+    count = len(found.names)
+    if not 1 < count <= UNKNOWN:
+        return f"it has {count} names, and takes 2 to {UNKNOWN}"
+    if IGNORED in found.names:
+        return f"the line {IGNORED!r} has no value: `{IGNORED} 250` or `{IGNORED} 0 0 0`"
+    if found.colors and colorless:
+        return f"{colorless[0]} has no colour, but others have"
+    if any(max(color) > IGNORE for color in (*found.colors, *found.ignored_colors, found.ignored_ids or (0,))):
+        return f"a value is above {IGNORE}"
+    for values in (found.names, (*found.colors, *found.ignored_colors)):
+        value, times = Counter(values).most_common(1)[0] if values else (None, 1)
+        if times > 1:
+            return f"{value} occurs {times} times"
+    if taken := [value for value in found.ignored_ids if value < count]:
+        return f"{taken[0]} is to be ignored, but is the id of {found.names[taken[0]]}: ids are 0 to {count - 1}"
+    return None
 
 
 def _files(root: Path, pattern: str, suffixes: tuple[str, ...]) -> dict[str, Path]:

@@ -1,6 +1,5 @@
 """GTA5 (Richter et al., Playing for Data), with the classes of Cityscapes: the source domain of domain adaptation."""
 
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,9 @@ import torch
 from torch import Tensor
 
 from common.datasets import cityscapes
+from common.datasets.colors import ids_of_colors
 from common.datasets.source import (
     IGNORE,
-    UNKNOWN,
     Source,
     Subset,
     apply_table,
@@ -20,7 +19,6 @@ from common.datasets.source import (
     stored_ids,
     table_of,
 )
-from common.errors import UserError
 
 PLACES = (".", "GTA5", "gta5")
 # Colours of the Cityscapes label table, which GTA5 shares, that are not evaluated: unlabelled, static, dynamic, ground,
@@ -62,14 +60,9 @@ class GTA5(Source):
     def read_label(self, name: str) -> Tensor:
         path = self.label_path(name)
         picture = open_label(path)
-        if picture.mode in ("RGB", "RGBA"):
-            return torch.from_numpy(_from_colors(np.asarray(picture)[..., :3], path))
-        if picture.mode != "P":
-            return torch.from_numpy(apply_table(self._label_table(path), stored_ids(picture, path), path))
-        colors = np.array(picture.getpalette("RGB"), np.uint32).reshape(-1, 3)
-        table = np.full(256, UNKNOWN, np.uint8)
-        table[: len(colors)] = _color_table()[_packed(colors)]
-        return torch.from_numpy(apply_table(table, stored_ids(picture, path), path))
+        if picture.mode in ("RGB", "RGBA", "P"):
+            return torch.from_numpy(ids_of_colors(picture, path, cityscapes.COLORS, VOID_COLORS, "GTA5"))
+        return torch.from_numpy(apply_table(self._label_table(path), stored_ids(picture, path), path))
 
     def _image_candidates(self, name: str) -> list[Path]:
         return [self._root / "images" / subset / f"{name}.png" for subset in self._subsets]
@@ -79,30 +72,3 @@ class GTA5(Source):
 
     def _label_table(self, path: Path) -> np.ndarray:
         return GREY_TABLE
-
-
-def _from_colors(colors: np.ndarray, path: Path) -> np.ndarray:
-    """uint8 [H, W] class ids of colours uint8 [H, W, 3]. Raises UserError naming a colour that is not in the table."""
-    label = _color_table()[_packed(colors)]
-    unknown = label == UNKNOWN
-    if unknown.any():
-        color = tuple(map(int, colors[unknown][0]))
-        raise UserError(
-            f"label {path} holds the colour {color}, which GTA5 does not define: mend it, or paint it black"
-        )
-    return label
-
-
-def _packed(colors: np.ndarray) -> np.ndarray:
-    """One number for a colour [..., 3]: red, green and blue from the highest byte down."""
-    wide = colors.astype(np.uint32)
-    return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
-
-
-@cache
-def _color_table() -> np.ndarray:
-    """uint8 [2**24]: class id, 255 or `UNKNOWN` of every colour. 16 MB that make reading a label one look-up."""
-    table = np.full(1 << 24, UNKNOWN, np.uint8)
-    table[_packed(np.array(cityscapes.COLORS))] = np.arange(len(cityscapes.COLORS))
-    table[_packed(np.array(VOID_COLORS))] = IGNORE
-    return table

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from checks import Golden, Weights, close, read
 from networks import draw_input, official_keys
+from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -27,7 +28,8 @@ from common import IGNORE
 from common.augment import normalize
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets.cityscapes import COLORS, LABEL_ID_TABLE
-from common.datasets.gta5 import VOID_COLORS, _from_colors
+from common.datasets.colors import ids_of_colors
+from common.datasets.gta5 import VOID_COLORS
 from common.datasets.orders import random_order, read_order
 from common.ema import make_teacher, update_teacher
 from common.inference import Protocol, sum_logits
@@ -457,7 +459,8 @@ def check_gta_colors(rgb: np.ndarray, want: Tensor) -> None:
     for position in np.ndindex(rgb.shape[:2]):
         if tuple(map(int, rgb[position])) not in known:
             rgb[position] = 0
-    assert_close(torch.from_numpy(_from_colors(rgb, Path("golden"))).long(), to_label(want, 250))
+    ids = ids_of_colors(Image.fromarray(rgb), Path("golden"), COLORS, VOID_COLORS, "GTA5")
+    assert_close(torch.from_numpy(ids).long(), to_label(want, 250))
 
 
 def check_voc(own: Golden, crop: list[int]) -> None:

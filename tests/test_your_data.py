@@ -1,0 +1,212 @@
+"""docs/your_data.md: its files and its three commands, in their order, on masks of every kind; and mistakes told."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common.config import DataConfig, load_config
+from common.datasets import open_source
+from common.datasets.folder import read_classes
+from common.datasets.splits import read_split
+from common.errors import UserError
+from splits.make import main as make
+from supervised.train import main as train
+from tests.conftest import SCRIPTS, module_of
+from tests.test_readme import SMALL_MODEL, run_here, without_launcher
+
+PAGE = (Path(__file__).parent.parent / "docs" / "your_data.md").read_text()
+BLOCKS = dict(re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
+COMMANDS = BLOCKS[""].strip().splitlines()
+COLORS = np.array([(128, 64, 128), (0, 128, 0), (70, 130, 180), (0, 0, 0)], np.uint8)  # the last is ignored
+SHORT = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--optim.batch_size", "2", "--run.threads", "1"]
+
+
+def write_mask(path: Path, ids: np.ndarray, kind: str) -> None:
+    """`ids`, of which 3 is no class, as a mask of colours, of numbers, or of colours in a palette of another order."""
+    if kind == "rgb":
+        Image.fromarray(COLORS[ids]).save(path)
+    elif kind == "grey":
+        Image.fromarray(np.where(ids == 3, 255, ids).astype(np.uint8)).save(path)
+    else:
+        picture = Image.fromarray((3 - ids).astype(np.uint8)).convert("P")
+        picture.putpalette(COLORS[::-1].tobytes())
+        picture.save(path)
+
+
+def draw(folder: Path, kind: str = "rgb", masks: int = 12) -> Path:
+    """20 photos of three stripes and noise, the first with masks; data/mine in `folder`."""
+    mine, rng = folder / "data" / "mine", np.random.RandomState(0)
+    for name in ("photos", "masks"):
+        (mine / name).mkdir(parents=True)
+    for number in range(20):
+        ids = np.sort(rng.randint(0, 3, (40, 1)), axis=0).repeat(48, 1)
+        ids[:, :2] = 3
+        image = np.clip(COLORS[ids] + rng.randint(0, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(image).save(mine / "photos" / f"p{number:02d}.jpg")
+        if number < masks:
+            write_mask(mine / "masks" / f"p{number:02d}_mask.png", ids, kind)
+    names = re.sub(r" \d+", "", BLOCKS["text"]).replace("ignore\n", "") if kind == "grey" else BLOCKS["text"]
+    (mine / "classes.txt").write_text(names)
+    (folder / "mine.json").write_text(BLOCKS["json"])
+    return mine
+
+
+def test_the_three_commands_end_in_scores(tmp_path, monkeypatch, capsys):
+    draw(tmp_path)
+    for paper in ("prcl", "splits"):
+        (tmp_path / paper).symlink_to(Path(__file__).parent.parent / paper)
+    assert len(COMMANDS) == 3
+    for command in COMMANDS:
+        arguments = without_launcher(command)
+        if arguments[0] == "prcl/train.py":
+            arguments += [*SHORT, *SMALL_MODEL, "--run.steps", "3", "--method.num_queries", "8"]
+        run_here(arguments, tmp_path, monkeypatch)
+    text = capsys.readouterr().out
+    assert "12 images have a label; 8 have none" in text
+    assert "8 labeled, 9 unlabeled, 3 for validation" in text
+    assert "mIoU" in text and "grass" in text
+    pictures = tmp_path / "runs" / "prcl" / "mine" / "eval" / "pictures"
+    assert len(list(pictures.rglob("prediction/*.png"))) == 3
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_takes_the_config(script, tmp_path):
+    (tmp_path / "mine.json").write_text(BLOCKS["json"])
+    config = load_config(importlib.import_module(module_of(script)).Config, tmp_path / "mine.json")
+    assert config.data.dataset == "folder"
+
+
+def make_command(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    make(shlex.split(COMMANDS[0])[2:])
+
+
+@pytest.mark.parametrize("kind", ["rgb", "grey", "palette"])
+def test_masks_of_every_kind_give_the_same_labels(kind, tmp_path, monkeypatch):
+    mine = draw(tmp_path, kind)
+    make_command(tmp_path, monkeypatch)
+    source = open_source(DataConfig(**json.loads(BLOCKS["json"])["data"]))
+    split = read_split("data/mine/splits/8/0")
+    assert source.classes == ("road", "grass", "sky")
+    rng = np.random.RandomState(0)
+    ids = np.sort(rng.randint(0, 3, (40, 1)), axis=0)
+    label = source.read_label("p00").numpy()
+    assert (label[:, 2:] == ids).all() and (label[:, :2] == 255).all()
+    assert not source.has_label("p12") and "p12" in split.unlabeled
+    assert mine.joinpath("splits").is_dir()
+    if kind != "grey":
+        assert source.palette[:3].tolist() == COLORS[:3].tolist()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB"])
+def test_black_and_white_masks_are_colours(mode, tmp_path):
+    mine = draw(tmp_path, masks=1)
+    classes(mine, "background 0 0 0", "thing 255 255 255")
+    Image.fromarray(np.repeat([[0, 255]], 40, axis=0).astype(np.uint8)).convert(mode).save(mine / "masks/p00_mask.png")
+    source = open_source(DataConfig(**json.loads(BLOCKS["json"])["data"] | {"root": str(mine)}))
+    assert source.read_label("p00").tolist() == [[0, 1]] * 40
+
+
+def test_folders_may_be_anywhere(tmp_path):
+    mine = draw(tmp_path)
+    (tmp_path / "else").mkdir()
+    (mine / "classes.txt").rename(tmp_path / "else" / "classes.txt")
+    folders = {"image_dir": str(mine / "photos"), "label_dir": str(mine / "masks")}
+    source = open_source(DataConfig("folder", str(tmp_path / "else"), **folders))
+    assert len(source.names("train")) == 20 and source.has_label("p00") and not source.has_label("p12")
+    assert source.read_pair("p00")[0].shape == (3, 40, 48)
+
+
+def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatch, capsys):
+    draw(tmp_path)
+    make_command(tmp_path, monkeypatch)
+    make([*shlex.split(COMMANDS[0])[2:], "--labels", "2", "--seed", "7"])
+    make([*shlex.split(COMMANDS[0])[2:], "--labels", "1/1"])
+    first, other, every = (read_split(f"data/mine/splits/{name}") for name in ("8/0", "2/7", "9/0"))
+    assert first.valid == other.valid == every.valid and len(every.unlabeled) == 8
+    assert not set(first.valid) & {*first.labeled, *first.unlabeled}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda mine: write_rgb(mine, (9, 9, 9)), r"p03_mask\.png holds the colour \(9, 9, 9\), which .*classes\.txt"),
+        (lambda mine: write_mask(mine / "masks/p03_mask.png", np.full((4, 4), 1), "rgb"), "is 48x40 but its label"),
+        (lambda mine: (mine / "masks/p03_mask.png").write_bytes(b"x"), "cannot be decoded"),
+        (lambda mine: classes(mine, "a", "b", "c"), "is a picture of colours: write those of the classes"),
+        (lambda mine: classes(mine, "a 1 2 3", "b"), "b has no colour, but others have"),
+        (lambda mine: classes(mine, "a 1 2 3", "b 1 2 3"), r"\(1, 2, 3\) occurs 2 times"),
+        (lambda mine: classes(mine, "a", "a"), "a occurs 2 times"),
+        (lambda mine: classes(mine, "a", "b", "ignore 1"), "1 is to be ignored, but is the id of b"),
+        (lambda mine: classes(mine, "a", "b", "ignore"), "the line 'ignore' has no value"),
+        (lambda mine: classes(mine, "a 1 2 300", "b 1 2 3"), "a value is above 255"),
+        (lambda mine: classes(mine, "a"), "has 1 names"),
+        (lambda mine: (mine / "val.txt").write_text("p01\n"), "has its own images for validation"),
+        (
+            lambda mine: [path.rename(path.with_name("x" + path.name)) for path in (mine / "masks").iterdir()],
+            "no image has",
+        ),
+        (lambda mine: (mine / "photos").rename(mine / "pictures"), "no images in .*photos"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(spoil, message, tmp_path, monkeypatch, capsys):
+    mine = draw(tmp_path)
+    spoil(mine)
+    with pytest.raises(SystemExit) as stopped:
+        make_command(tmp_path, monkeypatch)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(told.splitlines()) <= 2
+    assert re.search(message, told), told
+    assert not (mine / "splits").exists()
+
+
+def write_rgb(mine: Path, color: tuple[int, int, int]) -> None:
+    Image.new("RGB", (48, 40), color).save(mine / "masks" / "p03_mask.png")
+
+
+def classes(mine: Path, *lines: str) -> None:
+    (mine / "classes.txt").write_text("\n".join(lines))
+
+
+def test_wrong_numbers_shares_and_class_counts_are_told(tmp_path, monkeypatch, capsys):
+    draw(tmp_path, "grey")
+    monkeypatch.chdir(tmp_path)
+    for more, message in (
+        (["--valid", "12"], "none is left to learn from"),
+        (["--valid", "some"], "--valid some: give a number"),
+        (["--labels", "10"], "10 labeled images of 9"),
+    ):
+        with pytest.raises(SystemExit):
+            make([*shlex.split(COMMANDS[0])[2:], *more])
+        assert message in capsys.readouterr().err
+    arguments = shlex.split(COMMANDS[0])[2:]
+    at = arguments.index("--valid")
+    with pytest.raises(SystemExit):
+        make(arguments[:at] + arguments[at + 2 :])
+    assert "--valid 1/5" in capsys.readouterr().err
+    make_command(tmp_path, monkeypatch)
+    with pytest.raises(SystemExit):
+        train(["--config", "mine.json", *SHORT, *SMALL_MODEL, "--model.num_classes", "4"])
+    assert "model.num_classes is 4, but data/mine has 3 classes (road, grass, sky" in capsys.readouterr().err
+    (tmp_path / "data/mine/classes.txt").write_text("road\ngrass\n")
+    with pytest.raises(SystemExit):
+        make(shlex.split(COMMANDS[0])[2:])
+    assert "_mask.png holds 2, which this dataset does not define" in capsys.readouterr().err
+
+
+def test_class_lists_are_read_as_people_write_them(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_bytes("\ufefftraffic light, 250, 170, 30\r\n\r\nsky 70 130 180\r\nignore 0,0,0\r\nignore 9\r\n".encode())
+    found = read_classes(path)
+    assert found.names == ("traffic light", "sky") and found.colors == ((250, 170, 30), (70, 130, 180))
+    assert found.ignored_ids == (9,) and found.ignored_colors == ((0, 0, 0),)
+    path.write_text("class 1\nclass 2\n")
+    assert read_classes(path).names == ("class 1", "class 2")
+    with pytest.raises(UserError, match="no class list"):
+        read_classes(tmp_path / "none.txt")
