@@ -90,7 +90,7 @@ def shortened(arguments: list[str]) -> list[str]:
     if arguments[0].endswith("loader.py"):
         return [*arguments, "--repeats", "1"]
     if arguments[0].endswith("step.py"):
-        return [*arguments, "--steps", "1", *SMALL_DATA, *SMALL_RUN, "--run.steps", "6"]
+        return [*arguments, "--steps", "1", *SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, "--run.steps", "6"]
     if arguments[0] not in SCRIPTS:
         return ["2-" if text == "300-" else text for text in arguments]
     small = [*SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, *method_flags(SCRIPTS[arguments[0]].method)]
