@@ -37,9 +37,9 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def step_folder(root: Path, step: int) -> Path:
-    """Folder of the checkpoint after `step` optimizer steps."""
-    return root / f"step_{step:08d}"
+def step_folder(root: Path, step: int, kind: str = "step") -> Path:
+    """Folder of the checkpoint after `step` optimizer steps; other kinds hold weights made of that one's."""
+    return root / f"{kind}_{step:08d}"
 
 
 def list_steps(root: Path) -> list[int]:
@@ -56,8 +56,9 @@ def write(
     model: Mapping[str, torch.Tensor],
     extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     state: dict[str, Any] | None = None,
+    kind: str = "step",
 ) -> Path:
-    """Write a checkpoint under a temporary name, sync it and rename it to `step_<meta["step"]>`.
+    """Write a checkpoint under a temporary name, sync it and rename it to `<kind>_<meta["step"]>`.
 
     Without `state` no run can continue from it; without `extra`, too, it holds the evaluated network alone.
     An existing folder of that step is replaced.
@@ -65,7 +66,7 @@ def write(
     Raises:
         OSError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    final = step_folder(root, meta["step"])
+    final = step_folder(root, meta["step"], kind)
     temporary, replaced = root / f".writing_{final.name}", root / f".replaced_{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -101,11 +102,11 @@ def restore(root: Path) -> None:
             replaced.rename(final)
 
 
-def point(root: Path, name: str, step: int) -> None:
+def point(root: Path, name: str, step: int, kind: str = "step") -> None:
     """Let the link `name` (`last`, `best`) point to the checkpoint of `step`, in one move."""
     temporary = root / f".link_{name}"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(step_folder(root, step).name)
+    temporary.symlink_to(step_folder(root, step, kind).name)
     temporary.replace(root / name)
     sync_file(root)
 
@@ -113,9 +114,10 @@ def point(root: Path, name: str, step: int) -> None:
 def prune(root: Path, keep: int, is_snapshot: Callable[[int], bool]) -> None:
     """Delete all but the `keep` newest resumable checkpoints and those linked to.
 
-    Of those that are snapshots, by their step, the weights stay.
+    Of those that are snapshots, by their step, the weights stay. A link to weights of another kind is one to the
+    checkpoint they were made of.
     """
-    linked = {(root / name).resolve().name for name in ("last", "best")}
+    linked = {f"step_{(root / name).resolve().name.rsplit('_', 1)[-1]}" for name in ("last", "best")}
     resumable = [step for step in list_steps(root) if (step_folder(root, step) / "state.pt").exists()]
     for step in resumable[:-keep]:
         folder = step_folder(root, step)

@@ -7,7 +7,7 @@ import signal
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ class Run(AbstractContextManager):
         self._unscored = False  # whether the evaluation after this step is due and has not been done
         self._skipped, self._new_skips = Skipped(), (0, 0)
         self._images: list[str] = []  # of this process in the step at hand
+        self._optimizer_steps = 0  # of the step at hand
         self._saved_step = self._loaded_step = 0
         self._agreement = Agreement(self.processes, config.run.timeout)
         set_seed(config.run.seed)
@@ -200,7 +201,7 @@ class Run(AbstractContextManager):
         self._end_if_stopping()
         self.log.start(self.step, self.total)
         while self.step < self.total:
-            self._images, self._new_skips = [], (0, 0)
+            self._images, self._new_skips, self._optimizer_steps = [], (0, 0), 0
             self._buffers.keep()
             set_seed(derive_seed(self.config.run.seed, "step", self.step, self.rank))
             yield self.step
@@ -208,7 +209,9 @@ class Run(AbstractContextManager):
         self.log.stop()
 
     def passes(self, wrapped: nn.Module) -> Iterator[int]:
-        """The backward passes of one step: more than one only under `optim.accumulation`."""
+        """The backward passes of one optimizer step: more than one only under `optim.accumulation`."""
+        if self._optimizer_steps:  # a second one in this step: what the first has done stands
+            self._buffers.keep()
         for index in range(self.config.optim.accumulation):
             with self.accelerator.accumulate(wrapped):
                 yield index
@@ -261,6 +264,7 @@ class Run(AbstractContextManager):
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(optimizer.optimizer)
+        self._optimizer_steps += 1
         wrong = self._wrong(optimizer, losses)
         if not wrong:
             optimizer.step()
@@ -370,17 +374,73 @@ class Run(AbstractContextManager):
             self._save(resumable=False)
         self.log.restart_clock(self.step)
 
-    def finish(self) -> None:
-        """Draw the curve of the run and say where everything is."""
+    @property
+    def best_step(self) -> int:
+        """Step of the best evaluation so far; 0 before the first."""
+        return self._best["step"] if self._best else 0
+
+    def read_best(self) -> checkpoints.Checkpoint | None:
+        """The checkpoint of the best evaluation so far; None, on all processes, where one cannot read it."""
+        found = None
+        if self._best:
+            with suppress(UserError):
+                found = checkpoints.read(checkpoints.step_folder(self.folder / "checkpoints", self.best_step))
+        return found if all(there for (there,) in self._agreement.gather(int(found is not None))) else None
+
+    def end_if_asked(self) -> None:
+        """Between pieces of work after the last step.
+
+        Raises:
+            Stopped: any process got a signal.
+        """
+        self._stopping = max(signal for (signal,) in self._agreement.gather(self._signal))
+        self._end_if_stopping()
+
+    def has_variant(self, kind: str) -> bool:
+        """Whether `save_variant` has written this kind; the same answer on all processes."""
+        there = checkpoints.step_folder(self.folder / "checkpoints", self.best_step, kind).is_dir()
+        return all(found for (found,) in self._agreement.gather(int(there)))
+
+    def save_variant(self, kind: str, network: nn.Module, scores: Scores) -> None:
+        """Write weights that were made of the best ones after the last step to `checkpoints/<kind>_<step>`."""
+        if self.is_main:
+            meta = self._meta() | {"step": self.best_step, "scores": {"miou": scores.miou}}
+            try:
+                checkpoints.write(self.folder / "checkpoints", meta, network.state_dict(), kind=kind)
+            except OSError as error:
+                self.log.say(f"warning: {kind} weights could not be written ({error.strerror or error}); going on")
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, kind: str | None = None) -> None:
+        """Draw the curve of the run and say where everything is.
+
+        Args:
+            kind: Of weights made of the best ones, to which `best` points if they have a higher mIoU.
+        """
         if not self.is_main:
             return
         curve(self.folder / "metrics.jsonl", self.folder / "pictures" / "curve.png")
         if self._best:
-            miou, step = 100 * self._best["miou"], self._best["step"]
-            self.log.say(f"best mIoU {miou:.2f} after step {step} (chosen on the valid list)")
+            miou, step = self._best["miou"], self._best["step"]
+            better = self._better_variant(kind) if kind else None
+            if better is not None:
+                with suppress(OSError):  # a full disk: it then stands beside the others under its own name
+                    checkpoints.point(self.folder / "checkpoints", "best", step, kind)
+            weights = f", {kind}," if better is not None else ""
+            shown = miou if better is None else better
+            self.log.say(f"best mIoU {100 * shown:.2f} after step {step}{weights} (chosen on the valid list)")
         self.log.say(f"pictures in {self.folder / 'pictures'}")
 
     # Inside
+
+    def _better_variant(self, kind: str) -> float | None:
+        """mIoU of the weights of this kind, where it is above the best evaluation's."""
+        folder = checkpoints.step_folder(self.folder / "checkpoints", self.best_step, kind)
+        if not folder.is_dir():
+            return None
+        miou = checkpoints.read_meta(folder)["scores"]["miou"]
+        self.log.say(f"{kind}: mIoU {100 * miou:.2f}, before {100 * self._best['miou']:.2f}")
+        return miou if miou > self._best["miou"] else None
 
     def _end_if_stopping(self) -> None:
         if self._stopping:

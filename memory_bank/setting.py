@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Optional
 
 import numpy as np
@@ -26,6 +26,26 @@ from memory_bank.losses import ClassBalance, rows_per_image
 from memory_bank.processes import summed
 from memory_bank.their_config import translate
 from memory_bank.views import STRONG, Maps, Ranges, draw_choice, view
+
+
+@dataclass
+class Adaptation:
+    """What train_domain_adaptation.py has beside, or in place of, the other values.
+
+    Args:
+        source_dataset: Kind of the source, whose classes are those of `data`.
+        source_root: Its folder; of the built-in data by default that of `data` with `_b` behind it, where another
+            domain is drawn on first use.
+        contrast_weight: Weight of the contrastive loss.
+        mix_probability: Of ClassMix among labeled images.
+        last_steps: At the end all labels are the target's for so many steps.
+    """
+
+    source_dataset: Literal["gta5", "cityscapes", "voc", "shapes"] = "gta5"
+    source_root: Optional[str] = None
+    contrast_weight: NonNegativeFloat = 0.2
+    mix_probability: ClosedUnitInterval = 0.25
+    last_steps: NonNegativeInt = 100
 
 
 @dataclass
@@ -56,6 +76,11 @@ class Method:
         use_teacher_train: The teacher gives pseudo-labels and the bank's rows; otherwise the student, in evaluation
             mode.
         save_teacher_test: The teacher is evaluated in place of the student.
+        patience: Share of the training without a better evaluation after which student and teacher start again from
+            the best.
+        refresh_batches: Unlabeled batches from which batch-norm statistics of the best network are taken anew at the
+            end; 0: none.
+        adaptation: Section of train_domain_adaptation.py.
     """
 
     alpha: ClosedUnitInterval = 0.995
@@ -77,6 +102,9 @@ class Method:
     unlabeled_batch_size: Optional[PositiveInt] = None
     use_teacher_train: bool = True
     save_teacher_test: bool = False
+    patience: ClosedUnitInterval = 0.2
+    refresh_batches: NonNegativeInt = 1000
+    adaptation: Adaptation = field(default_factory=Adaptation)
 
     def unlabeled_batch(self, labeled: int) -> int:
         """Unlabeled images a step beside so many labeled ones."""

@@ -29,6 +29,16 @@ class Small:
 # Every training script: what is listed here is trained, killed, continued, fed nonsense and run by two processes.
 CAC = {"base_size": 48, "cac.selected_num": 32, "cac.epoch_start_unsup": 20}
 CONTRAST = {"num_queries": 8, "num_negatives": 8, "embedding_dim": 8}
+# Bank and contrastive loss within the first steps; unlabeled images for each of two processes.
+BANK = {
+    "bank_start": 0,
+    "contrast_start": 1,
+    "bank_size": 8,
+    "embedding_dim": 8,
+    "unlabeled_batch_size": 4,
+    "bank_threshold": 0.1,
+    "refresh_batches": 1,
+}
 SCRIPTS = {
     # Two of eight steps from labels alone, and a bank that does not take all cells of two processes.
     "cac_cps/train.py": Small(CAC),
@@ -36,17 +46,12 @@ SCRIPTS = {
     "cac_cps/train_semiseg_cutmix.py": Small(CAC),
     "cpcl/train.py": Small(),
     "css/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
-    # Bank and contrastive loss within the first steps; unlabeled images for each of two processes.
-    "memory_bank/train.py": Small(
-        {
-            "bank_start": 0,
-            "contrast_start": 1,
-            "bank_size": 8,
-            "embedding_dim": 8,
-            "unlabeled_batch_size": 4,
-            "bank_threshold": 0.1,
-        }
+    "memory_bank/train.py": Small(BANK, blind={"refresh_batches": 0}),
+    "memory_bank/train_domain_adaptation.py": Small(
+        BANK | {"adaptation.source_dataset": "shapes", "adaptation.last_steps": 1}, blind={"refresh_batches": 0}
     ),
+    # Each step is two here.
+    "memory_bank/train_less_memory.py": Small(BANK, blind={"refresh_batches": 0, "contrast_start": 9}),
     "prcl/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     "supervised/train.py": Small(),
 }
@@ -95,9 +100,10 @@ def fresh_accelerator():
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
-    """Built-in data, few and small."""
+    """Built-in data, few and small; beside them, those of the second domain."""
     root = tmp_path_factory.mktemp("shapes") / "shapes"
     make_shapes(root, "voc", train=24, val=7, size=(48, 64))
+    make_shapes(root.with_name("shapes_b"), "voc", train=24, val=1, size=(48, 64), domain="b")
     return root
 
 

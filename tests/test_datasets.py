@@ -234,7 +234,7 @@ def test_gta5_knows_every_colour_of_the_classes_and_refuses_others(tmp_path):
     with pytest.raises(UserError, match=r"00001\.png holds the colour \(1, 2, 3\)"):
         GTA5(tmp_path).read_label("00001")
     save(path, np.array([[1]], np.uint8), np.array([[0, 0, 0], [9, 9, 9]]))
-    with pytest.raises(UserError, match=r"00001\.png holds 1,"):
+    with pytest.raises(UserError, match=r"00001\.png holds the colour \(9, 9, 9\)"):
         GTA5(tmp_path).read_label("00001")
 
 

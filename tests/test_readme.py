@@ -51,6 +51,7 @@ def project(tmp_path_factory) -> Path:
     for name in sorted({script.split("/")[0] for script in SCRIPTS} | {"splits", "benchmarks", "common"}):
         (folder / name).symlink_to(ROOT / name)
     make_shapes(folder / "data" / "shapes", "voc", train=40, val=4, size=(48, 64))
+    make_shapes(folder / "data" / "shapes_b", "voc", train=8, val=1, size=(48, 64), domain="b")
     make_shapes(folder / "data" / "VOCdevkit" / "VOC2012", "voc", train=700, val=4, size=(32, 32))
     make_shapes(folder / "data" / "cityscapes", "cityscapes", train=400, val=4, size=(32, 32))
     (folder / "splits").unlink()

@@ -33,14 +33,14 @@ def record(folder: Path) -> None:
         network.register_forward_pre_hook(given)
         return prepared(run, network, optimizer)
 
-    def finish(run: Run) -> None:
+    def finish(run: Run, *kind: str) -> None:
         end = {
             f"{number}.{name}": tensor.clone()
             for number, module in enumerate(run._parts.modules())
             for name, tensor in module.state_dict().items()
         }
         torch.save(seen | {"end": end}, folder / f"{run.processes}_{run.rank}.pt")
-        finished(run)
+        finished(run, *kind)
 
     checked, prepared, finished = Run.check_batch, Run.prepare, Run.finish
     Run.check_batch, Run.prepare, Run.finish = check_batch, prepare, finish

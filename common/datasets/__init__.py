@@ -1,5 +1,6 @@
 """Datasets: `open_source` finds the tree that a config names."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from common.datasets.voc import CLASSES as VOC_CLASSES
 from common.datasets.voc import VOC
 from common.errors import UserError
 
-__all__ = ["Source", "named_classes", "open_source"]
+__all__ = ["Source", "named_classes", "open_second", "open_source"]
 
 
 def open_source(data: DataConfig) -> Source:
@@ -42,6 +43,31 @@ def named_classes(data: DataConfig, num_classes: int) -> tuple[tuple[str, ...], 
     known = {"cityscapes": (Cityscapes.classes, Cityscapes.palette), "gta5": (GTA5.classes, GTA5.palette)}
     names, palette = known.get(data.dataset, (VOC_CLASSES, VOC.palette))
     return (names if len(names) == num_classes else tuple(f"class {i}" for i in range(num_classes))), palette
+
+
+def open_second(data: DataConfig, dataset: str, root: str | None) -> Source:
+    """The source of other data with the same classes, for domain adaptation.
+
+    Args:
+        data: The config's section, of the data that are there.
+        dataset: Kind of the others.
+        root: Their folder; of the built-in data by default that of `data` with `_b` behind it. They are made on first
+            use, in the second domain.
+
+    Raises UserError when the tree is not found, is that of `data`, or has other classes.
+    """
+    if root is None and dataset != "shapes":
+        raise UserError(f"{dataset} as the source of adaptation: set the folder, source_root, too")
+    path = Path(root or f"{data.root.rstrip('/')}_b").expanduser()
+    if path.resolve() == Path(data.root).expanduser().resolve():
+        raise UserError(f"{path} is data.root itself: adaptation takes a source of another folder")
+    if dataset == "shapes" and not is_drawn(path):
+        make_shapes(path, "voc", domain="b")
+    first, second = open_source(data), open_source(replace(data, dataset=dataset, root=str(path), split=None))
+    if first.classes != second.classes:
+        raise UserError(f"{path} has other classes than {data.root}: {len(second.classes)} and {len(first.classes)}")
+    second.skip_bad_files = data.skip_bad_files
+    return second
 
 
 def _built_in(root: Path, split: Path | None) -> VOC:

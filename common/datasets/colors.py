@@ -1,5 +1,6 @@
 """Labels that are pictures of colours: RGB files, and palette files of which the palette's colours count."""
 
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from common import IGNORE
-from common.datasets.source import UNKNOWN, apply_table, stored_ids
+from common.datasets.source import UNKNOWN, stored_ids
 from common.errors import UserError
 
 Color = tuple[int, int, int]
@@ -19,30 +20,53 @@ def ids_of_colors(
     """Class ids uint8 [H, W] of a picture of colours.
 
     Args:
-        picture: RGB, RGBA (of which alpha is left out) or palette.
-        path: its file, for messages.
-        colors: of the classes, in the order of their ids.
-        ignored: of pixels that become 255.
+        picture, path, colors, ignored: as for `map_colors`.
         known: who says which colours there are, for messages.
 
     Raises UserError naming a colour that is neither, and for other kinds of pictures.
     """
-    table = _color_table(colors, ignored)
-    if picture.mode not in ("RGB", "RGBA"):
-        stored = stored_ids(picture, path)
-        palette = np.array(picture.getpalette("RGB"), np.uint32).reshape(-1, 3)
-        of_palette = np.full(256, UNKNOWN, np.uint8)
-        of_palette[: len(palette)] = table[_packed(palette)]
-        return apply_table(of_palette, stored, path)
-    pixels = np.asarray(picture)[..., :3]
-    label = table[_packed(pixels)]
-    unknown = label == UNKNOWN
-    if unknown.any():
-        color = tuple(map(int, pixels[unknown][0]))
+    label, unknown = map_colors(picture, path, colors, ignored)
+    if unknown:
+        color = next(iter(unknown))
         raise UserError(
             f"label {path} holds the colour {color}, which {known} does not define: mend it, or add it there"
         )
     return label
+
+
+def map_colors(
+    picture: Image.Image, path: Path, colors: tuple[Color, ...], ignored: tuple[Color, ...]
+) -> tuple[np.ndarray, Counter[Color]]:
+    """Class ids of a picture of colours, and what colours they do not cover.
+
+    Args:
+        picture: RGB, RGBA (of which alpha is left out) or palette.
+        path: its file, for messages.
+        colors: of the classes, in the order of their ids.
+        ignored: of pixels that become 255.
+
+    Returns:
+        uint8 [H, W], 255 also where a colour is neither; and how many pixels each such colour has.
+
+    Raises UserError for other kinds of pictures, and where the palette lacks a number that the picture holds.
+    """
+    table = _color_table(colors, ignored)
+    if picture.mode in ("RGB", "RGBA"):
+        packed = _packed(np.asarray(picture)[..., :3])
+        label = table[packed]
+        packed = packed[label == UNKNOWN]
+    else:
+        stored = stored_ids(picture, path)
+        palette = np.array(picture.getpalette("RGB"), np.uint8).reshape(-1, 3)
+        if stored.max() >= len(palette):
+            raise UserError(f"label {path} holds {stored.max()}, which its palette does not: restore it")
+        packed = _packed(palette)
+        label = table[packed].take(stored)
+        packed = packed.take(stored[label == UNKNOWN])
+    label[label == UNKNOWN] = IGNORE
+    unknown, pixels = np.unique(packed, return_counts=True)
+    names = ((int(color) >> 16, int(color) >> 8 & 255, int(color) & 255) for color in unknown)
+    return label, Counter(dict(zip(names, pixels.tolist())))
 
 
 def _packed(colors: np.ndarray) -> np.ndarray:

@@ -1,13 +1,15 @@
 """GTA5 (Richter et al., Playing for Data), with the classes of Cityscapes: the source domain of domain adaptation."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common.datasets import cityscapes
-from common.datasets.colors import ids_of_colors
+from common.datasets.colors import Color, map_colors
 from common.datasets.source import (
     IGNORE,
     Source,
@@ -19,6 +21,7 @@ from common.datasets.source import (
     stored_ids,
     table_of,
 )
+from common.errors import UserError
 
 PLACES = (".", "GTA5", "gta5")
 # Colours of the Cityscapes label table, which GTA5 shares, that are not evaluated: unlabelled, static, dynamic, ground,
@@ -34,8 +37,9 @@ GREY_TABLE = table_of(range(len(cityscapes.CLASSES)), (250, IGNORE))
 class GTA5(Source):
     """Ids such as `00001`, in `images/<id>.png` and `labels/<id>.png`, or in `{train,val}` below each.
 
-    Labels are told by their colour, in RGB or palette PNGs; grey PNGs hold train ids already. The published data have
-    no validation part, so the flat tree has none. Raises UserError when no tree is found.
+    Labels are told by their colour, in RGB or palette PNGs; grey PNGs hold train ids already. A label in `label_ids`
+    comes before that in `labels`: the same, translated once. The published data have no validation part, so the flat
+    tree has none. Raises UserError when no tree is found.
     """
 
     classes = cityscapes.CLASSES
@@ -59,16 +63,34 @@ class GTA5(Source):
 
     def read_label(self, name: str) -> Tensor:
         path = self.label_path(name)
-        picture = open_label(path)
-        if picture.mode in ("RGB", "RGBA", "P"):
-            return torch.from_numpy(ids_of_colors(picture, path, cityscapes.COLORS, VOID_COLORS, "GTA5"))
-        return torch.from_numpy(apply_table(self._label_table(path), stored_ids(picture, path), path))
+        label, unknown = class_ids(open_label(path), path)
+        if unknown:
+            color = next(iter(unknown))
+            raise UserError(
+                f"label {path} holds the colour {color}, which GTA5 does not define: mend it, or paint it black"
+            )
+        return torch.from_numpy(label)
 
     def _image_candidates(self, name: str) -> list[Path]:
         return [self._root / "images" / subset / f"{name}.png" for subset in self._subsets]
 
     def _label_candidates(self, name: str) -> list[Path]:
-        return [self._root / "labels" / subset / f"{name}.png" for subset in self._subsets]
+        places = [(folder, subset) for folder in ("label_ids", "labels") for subset in self._subsets]
+        return [self._root / folder / subset / f"{name}.png" for folder, subset in places]
 
     def _label_table(self, path: Path) -> np.ndarray:
         return GREY_TABLE
+
+
+def class_ids(picture: Image.Image, path: Path) -> tuple[np.ndarray, Counter[Color]]:
+    """Class ids of the decoded label `picture`, whatever its kind.
+
+    Returns:
+        uint8 [H, W], 255 also where a colour is none of GTA5's; and how many pixels each such colour has.
+
+    Raises UserError naming `path` where a grey picture holds other numbers than class ids, or another one numbers that
+    its palette lacks.
+    """
+    if picture.mode in ("RGB", "RGBA", "P"):
+        return map_colors(picture, path, cityscapes.COLORS, VOID_COLORS)
+    return apply_table(GREY_TABLE, stored_ids(picture, path), path), Counter()

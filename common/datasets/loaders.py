@@ -162,14 +162,21 @@ class StepBatches:
         run: Gives device, processes, accumulation, workers and the step to begin with.
         first_step: The first step that takes a batch, where the stream is not needed before.
         batch_size: Images of this process in one backward pass; by default as many as labeled ones.
+        done: Steps that have taken a batch, where not every one before the run's does.
 
     Raises:
         UserError: on reaching an image that cannot be read.
     """
 
-    def __init__(self, images: TrainingImages, run, first_step: int = 0, batch_size: int | None = None) -> None:
-        accumulation = run.config.optim.accumulation
-        first_pass = max(run.step, first_step) * accumulation
+    def __init__(
+        self,
+        images: TrainingImages,
+        run,
+        first_step: int = 0,
+        batch_size: int | None = None,
+        done: int | None = None,
+    ) -> None:
+        first_pass = (max(run.step, first_step) if done is None else done) * run.config.optim.accumulation
         sampler = StepSampler(
             len(images), batch_size or run.batch_size, run.processes, run.rank, first_pass, images.seed, images.stream
         )

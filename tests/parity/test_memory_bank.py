@@ -28,8 +28,7 @@ from common import IGNORE
 from common.augment import normalize
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets.cityscapes import COLORS, LABEL_ID_TABLE
-from common.datasets.colors import ids_of_colors
-from common.datasets.gta5 import VOID_COLORS
+from common.datasets.gta5 import class_ids
 from common.datasets.orders import random_order, read_order
 from common.ema import make_teacher, update_teacher
 from common.inference import Protocol, sum_logits
@@ -51,9 +50,9 @@ from memory_bank.losses import (
     supervised_loss,
     teacher_decay,
 )
+from memory_bank.parts import labeled_terms, unlabeled_terms, with_total
 from memory_bank.released import HEADS, MEANS, SELECTORS, STACKED, heads_from_released
 from memory_bank.setting import BlackCrop, Config, MemoryBankNetwork, Method, rows_for_bank
-from memory_bank.train import terms_of
 
 VOC_FACTOR = 7  # rows that enter the bank at once: 21 / 3
 
@@ -415,7 +414,8 @@ def check_datasets(path: Path) -> None:
     check_half_size_evaluation(city)
     rgb = g["gta5/rgb_in"].numpy()
     assert_close(torch.from_numpy(np.array(COLORS, dtype=np.uint8)), g["gta5/palette_rgb"])
-    check_gta_colors(rgb, g["gta5/trainid_out"])
+    ours, _ = class_ids(Image.fromarray(rgb), path)
+    assert_close(torch.from_numpy(ours).long(), to_label(g["gta5/trainid_out"], 250))
     for case in sorted({key.split("/")[1] for key in g if key.startswith("voc/") and key.endswith("/bgr_in")}):
         check_voc(part(g, f"voc/{case}/"), g["voc/crop"].tolist())
 
@@ -450,17 +450,6 @@ def check_half_size_evaluation(city: Golden) -> None:
     assert logits.shape[-2:] == tuple(city["eval_half/mask_out_shape"].tolist())
     want = normalize(city["eval_half/out"].permute(2, 0, 1))
     assert ((seen[0][0] - want).abs() <= 1.001 / 255 / 0.22).all()
-
-
-def check_gta_colors(rgb: np.ndarray, want: Tensor) -> None:
-    """Colours that are none of GTA5's are void in the release; ours refuses them, so they are painted black here."""
-    known = {*COLORS, *VOID_COLORS}
-    rgb = rgb.copy()
-    for position in np.ndindex(rgb.shape[:2]):
-        if tuple(map(int, rgb[position])) not in known:
-            rgb[position] = 0
-    ids = ids_of_colors(Image.fromarray(rgb), Path("golden"), COLORS, VOID_COLORS, "GTA5")
-    assert_close(torch.from_numpy(ids).long(), to_label(want, 250))
 
 
 def check_voc(own: Golden, crop: list[int]) -> None:
@@ -717,7 +706,10 @@ def check_one_step(g: Golden, want: Golden, step: int) -> None:
         bank.update(rows, classes, teacher.heads.selectors, most_rows(g, len(labeled)))
     close_bank(bank, want, "memory_after/", {"rtol": 1e-4, "atol": 1e-5})
 
-    losses = terms_of(output, label, pseudo_label, g["joined_maxprobs"], class_weight, bank, student, step, config)
+    terms = labeled_terms(output, label, class_weight, bank, student)
+    guess = pseudo_label, g["joined_maxprobs"]
+    terms |= unlabeled_terms(output, *guess, class_weight, bank, student, step, config.method)
+    losses = with_total(terms, output, config.method.contrast_weight, config.method)
     names = {
         "labeled_loss": "loss_supervised",
         "loss_ce_unlabeled": "loss_pseudo",
