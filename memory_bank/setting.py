@@ -34,8 +34,8 @@ class Adaptation:
 
     Args:
         source_dataset: Kind of the source, whose classes are those of `data`.
-        source_root: Its folder; of the built-in data by default that of `data` with `_b` behind it, where another
-            domain is drawn on first use.
+        source_root: Its folder, by default the one that `data.root` lies in (GTA5 is looked for there as GTA5 or gta5);
+            of the built-in data, which are drawn on first use in another domain, `data.root` with `_b` behind it.
         contrast_weight: Weight of the contrastive loss.
         mix_probability: Of ClassMix among labeled images.
         last_steps: At the end all labels are the target's for so many steps.

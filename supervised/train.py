@@ -3,15 +3,18 @@
     accelerate launch supervised/train.py --config supervised/configs/voc.json
     accelerate launch supervised/train.py --config supervised/configs/demo.json
 
-With `--method.fully_labeled true` the unlabeled list is used with its labels: the upper end of the scale.
+With `--method.fully_labeled true` the unlabeled list is used with its labels: the upper end of the scale. With
+`--method.source_dataset` the labels are those of another domain: what domain adaptation is compared with.
 """
 
 from dataclasses import dataclass
+from typing import Literal, Optional
 
 from torch.profiler import record_function
 
 from common.augment import normalize
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
+from common.datasets import open_second
 from common.datasets.loaders import CropTransform, StepBatches, TrainingImages, labeled_view, open_data
 from common.errors import told
 from common.evaluation import evaluate_run, save_panel
@@ -28,9 +31,14 @@ class Method:
 
     Args:
         fully_labeled: Also learn from the labels of the unlabeled list.
+        source_dataset: Learn from the labels of other data of the same classes instead, of this kind.
+        source_root: Their folder, by default the one that `data.root` lies in; of the built-in data, which are drawn on
+            first use in another domain, `data.root` with `_b` behind it.
     """
 
     fully_labeled: bool = False
+    source_dataset: Optional[Literal["gta5", "cityscapes", "voc", "shapes"]] = None
+    source_root: Optional[str] = None
 
 
 @dataclass
@@ -53,10 +61,14 @@ def train(config: Config, run: Run) -> None:
     optim = config.optim
 
     source, split = open_data(config, run.accelerator)
-    names = split.labeled + (split.unlabeled if config.method.fully_labeled else [])
+    learned, names = source, split.labeled + (split.unlabeled if config.method.fully_labeled else [])
+    if config.method.source_dataset:
+        with run.accelerator.main_process_first():  # the built-in data are made by one process
+            learned = open_second(config.data, config.method.source_dataset, config.method.source_root)
+        names = learned.names("train")
     run.set_length(-(-len(names) // optim.batch_size))
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
-    images = TrainingImages(source, names, scaled, config.run.seed, "labeled", with_label=True)
+    images = TrainingImages(learned, names, scaled, config.run.seed, "labeled", with_label=True)
 
     network = build_network(config.model)
     wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": list(network.parameters())}]))

@@ -51,23 +51,23 @@ def open_second(data: DataConfig, dataset: str, root: str | None) -> Source:
     Args:
         data: The config's section, of the data that are there.
         dataset: Kind of the others.
-        root: Their folder; of the built-in data by default that of `data` with `_b` behind it. They are made on first
-            use, in the second domain.
+        root: Their folder, by default the one that `data.root` lies in; of the built-in data, which are made on first
+            use in the second domain, by default `data.root` with `_b` behind it.
 
     Raises UserError when the tree is not found, is that of `data`, or has other classes.
     """
-    if root is None and dataset != "shapes":
-        raise UserError(f"{dataset} as the source of adaptation: set the folder, source_root, too")
-    path = Path(root or f"{data.root.rstrip('/')}_b").expanduser()
-    if path.resolve() == Path(data.root).expanduser().resolve():
-        raise UserError(f"{path} is data.root itself: adaptation takes a source of another folder")
-    if dataset == "shapes" and not is_drawn(path):
-        make_shapes(path, "voc", domain="b")
-    first, second = open_source(data), open_source(replace(data, dataset=dataset, root=str(path), split=None))
-    if first.classes != second.classes:
-        raise UserError(f"{path} has other classes than {data.root}: {len(second.classes)} and {len(first.classes)}")
-    second.skip_bad_files = data.skip_bad_files
-    return second
+    built_in = dataset == "shapes"
+    first = Path(data.root).expanduser()
+    second = Path(root).expanduser() if root else first.with_name(f"{first.name}_b") if built_in else first.parent
+    if first.resolve() == second.resolve():
+        raise UserError(f"the source of adaptation is data.root itself, {second}: give another source_root")
+    if built_in and not is_drawn(second):
+        make_shapes(second, "voc", domain="b")
+    target, source = open_source(data), open_source(replace(data, dataset=dataset, root=str(second), split=None))
+    if target.classes != source.classes:
+        raise UserError(f"{second} has other classes than {first}: {len(source.classes)} and {len(target.classes)}")
+    source.skip_bad_files = data.skip_bad_files
+    return source
 
 
 def _built_in(root: Path, split: Path | None) -> VOC:
