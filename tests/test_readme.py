@@ -53,6 +53,7 @@ def project(tmp_path_factory) -> Path:
     make_shapes(folder / "data" / "shapes", "voc", train=40, val=4, size=(48, 64))
     make_shapes(folder / "data" / "shapes_b", "voc", train=8, val=1, size=(48, 64), domain="b")
     make_shapes(folder / "data" / "VOCdevkit" / "VOC2012", "voc", train=700, val=4, size=(32, 32))
+    make_shapes(folder / "data" / "gta5", "gta5", train=4, val=0, size=(32, 32))
     make_shapes(folder / "data" / "cityscapes", "cityscapes", train=400, val=4, size=(32, 32))
     (folder / "splits").unlink()
     shutil.copytree(ROOT / "splits", folder / "splits")
@@ -90,7 +91,7 @@ def shortened(arguments: list[str]) -> list[str]:
         return [*arguments, "--rows", "ours", "plain formula", "--scale", "0.1", "--repeats", "1"]
     if arguments[0].endswith("loader.py"):
         return [*arguments, "--repeats", "1"]
-    if arguments[0].endswith("step.py"):
+    if arguments[0].endswith(("step.py", "memory.py")):
         return [*arguments, "--steps", "1", *SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, "--run.steps", "6"]
     if arguments[0] not in SCRIPTS:
         return ["2-" if text == "300-" else text for text in arguments]
