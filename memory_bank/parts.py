@@ -153,7 +153,7 @@ def finish(parts: Parts, unlabeled_batches: StepBatches, config: Config, run: Ru
         network = deepcopy(parts.evaluated)
         network.load_state_dict(best.model)
         network.train()
-        for _ in range(config.method.refresh_batches):
+        for _ in range(min(config.method.refresh_batches, run.total)):
             run.end_if_asked()
             image = next(unlabeled_batches).image
             with torch.no_grad(), run.autocast():

@@ -78,8 +78,8 @@ class Method:
         save_teacher_test: The teacher is evaluated in place of the student.
         patience: Share of the training without a better evaluation after which student and teacher start again from
             the best.
-        refresh_batches: Unlabeled batches from which batch-norm statistics of the best network are taken anew at the
-            end; 0: none.
+        refresh_batches: Unlabeled batches, at most as many as there are steps, from which batch-norm statistics of the
+            best network are taken anew at the end; 0: none.
         adaptation: Section of train_domain_adaptation.py.
     """
 
