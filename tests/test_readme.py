@@ -91,7 +91,7 @@ def shortened(arguments: list[str]) -> list[str]:
         return [*arguments, "--rows", "ours", "plain formula", "--scale", "0.1", "--repeats", "1"]
     if arguments[0].endswith("loader.py"):
         return [*arguments, "--repeats", "1"]
-    if arguments[0].endswith(("step.py", "memory.py")):
+    if arguments[0] in ("benchmarks/step.py", "benchmarks/memory.py"):
         return [*arguments, "--steps", "1", *SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, "--run.steps", "6"]
     if arguments[0] not in SCRIPTS:
         return ["2-" if text == "300-" else text for text in arguments]
