@@ -8,6 +8,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativ
 from torch import Tensor, nn
 
 from cac_cps.crops import JITTER, LongerSideCrop, PairCrop
+from cac_cps.their_config import translate
 from common.augment import ScaleChoiceCrop, apply_photometric_batch, draw_photometric, normalize
 from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets.loaders import Batch, TrainingImages, Transform
@@ -18,7 +19,6 @@ from common.losses import cross_entropy, ohem_cross_entropy
 from common.optim import build_optimizer, decay_groups
 from common.seeding import generators
 
-STEPS_PER_EPOCH = 1157  # of every dataset and split, as released
 OHEM_THRESHOLD, OHEM_PIXELS = 0.7, 50_000  # of original CPS on Cityscapes; pixels an image
 
 
@@ -96,6 +96,8 @@ class Config:
     optim: OptimConfig
     method: Method
     run: RunConfig
+
+    from_released = staticmethod(translate)
 
 
 def single_crop(config: Config) -> Transform:

@@ -19,7 +19,6 @@ from cac_cps.crops import CELL, Pair, augment_views, overlap_cells
 from cac_cps.losses import context_loss
 from cac_cps.panels import save_pair_panel
 from cac_cps.setting import (
-    STEPS_PER_EPOCH,
     Config,
     check_unlabeled,
     labeled_images,
@@ -28,6 +27,7 @@ from cac_cps.setting import (
     pair_crop,
     protocol_of,
 )
+from cac_cps.their_config import STEPS_PER_EPOCH
 from common.config import ModelConfig, parse
 from common.datasets.loaders import Batch, StepBatches, TrainingImages, open_data
 from common.devices import to_device

@@ -13,7 +13,6 @@ from torch.profiler import record_function
 from cac_cps.losses import cross_pseudo_loss, pseudo_label
 from cac_cps.panels import save_disagreement_panel
 from cac_cps.setting import (
-    STEPS_PER_EPOCH,
     Config,
     check_unlabeled,
     cps_weight,
@@ -24,6 +23,7 @@ from cac_cps.setting import (
     protocol_of,
     unlabeled_images,
 )
+from cac_cps.their_config import STEPS_PER_EPOCH
 from common.augment import mix, normalize, toggled_masks
 from common.config import parse
 from common.datasets.loaders import Batch, StepBatches, open_data

@@ -1,16 +1,15 @@
 """The config files of memory bank's release, and the configs in its checkpoints, in our words."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import Translation, flatten, nearest, read_commented_json, sections_of
+from common.config import Translation, flatten, read_commented_json
 from common.errors import UserError
 from common.models.weights import read_torch
+from common.released_configs import Rule, Settings, only, same, translate_keys
 from memory_bank.released import MEANS
-
-Settings = dict[str, Any]
 
 COCO_WEIGHTS = "data/resnet101COCO-41f33a49.pth"
 # What follows from the dataset alone; of the roots the first that is there counts, ours before the release's.
@@ -94,20 +93,9 @@ def translate_values(values: Mapping[str, Any]) -> Translation:
         UserError: a key that the release does not have, one that is missing, or a value that it does not know.
     """
     flat = flatten(dict(values))
-    for key in flat:
-        if key not in KEYS:
-            raise UserError(f"unknown key {key}{nearest(key, KEYS)}")
-    if missing := [key for key in REQUIRED if key not in flat]:
-        raise UserError(f"{', '.join(missing)} missing: a config of memory bank's release has them")
-    ours, rows = dict(ALWAYS), []
-    for key, value in flat.items():
-        settings = KEYS[key](key, flat)
-        rows.append((key, json.dumps(value), _told(settings)))
-        if isinstance(settings, dict):
-            ours |= settings
-    rows.append(("(every config)", "", _told(ALWAYS)))
+    translation = translate_keys(flat, KEYS, REQUIRED, ALWAYS, "memory bank's release")
     folder = flat.get("utils.checkpoint_dir")
-    return Translation(sections_of(ours), rows, None if folder is None else str(folder))
+    return translation if folder is None else replace(translation, runs=str(folder))
 
 
 def config_in(file: Path) -> Translation | None:
@@ -126,23 +114,6 @@ def config_in(file: Path) -> Translation | None:
     deep = any(key.startswith("layer3.22.") for key in stored.get("model", ()))
     translation.values["model"]["backbone"] = "resnet101" if deep else "resnet50"
     return translation
-
-
-def _told(settings: Settings | str) -> str:
-    if isinstance(settings, str):
-        return settings
-    return "\n".join(f"{key} {json.dumps(value)}" for key, value in settings.items())
-
-
-def _same(key: str, flat: Settings) -> Settings:
-    return {SAME[key]: flat[key]}
-
-
-def _only(key: str, flat: Settings) -> str:
-    value, meaning = ONLY[key]
-    if str(flat[key]).lower() != value:
-        raise UserError(f"{key} is {flat[key]!r}; the release has {value} alone")
-    return f"ignored: {meaning}"
 
 
 def _dataset(key: str, flat: Settings) -> Settings:
@@ -206,9 +177,9 @@ def _save_every(key: str, flat: Settings) -> Settings | str:
     return {"run.save_every": steps}
 
 
-KEYS: dict[str, Callable[[str, Settings], Settings | str]] = {
-    **dict.fromkeys(SAME, _same),
-    **dict.fromkeys(ONLY, _only),
+KEYS: dict[str, Rule] = {
+    **same(SAME),
+    **only(ONLY),
     "dataset": _dataset,
     "version": _version,
     "training.pretraining": _pretraining,
