@@ -51,6 +51,7 @@ from css.losses import (
     similarity,
     unsupervised_loss,
 )
+from css.their_config import translate
 
 LR_FLOOR = 1e-4  # of the released schedule
 
@@ -123,6 +124,8 @@ class Config:
     optim: OptimConfig
     method: Method
     run: RunConfig
+
+    from_released = staticmethod(translate)
 
 
 class CSSNetwork(nn.Module):

@@ -38,6 +38,7 @@ from common.run import Run
 from common.schedules import ema_decay, exponential_ramp, poly, set_lr
 from common.seeding import generators
 from prcl.losses import contrastive_labels, contrastive_loss, prototypes, sample, unsupervised_loss
+from prcl.their_config import translate
 
 LR_FLOOR = 1e-6  # of the released schedule
 BOUND = 1e-3  # a variance this near to 0 or 1 hardly moves any more: the sigmoid is flat there
@@ -91,6 +92,8 @@ class Config:
     optim: OptimConfig
     method: Method
     run: RunConfig
+
+    from_released = staticmethod(translate)
 
 
 class ProbabilityHead(nn.Module):

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import cac_cps.setting
+import css.train
+import prcl.train
 from common.config import load_config, parse, to_dict
 from common.errors import UserError
 
@@ -155,3 +157,153 @@ def test_what_cac_does_not_know_is_told(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         parse(cac_cps.setting.Config, "cac_cps/train.py", ["--config", str(cac_file(tmp_path, changes))])
     assert len(str(error.value).splitlines()) <= 2
+
+
+# ---- PRCL and CSS
+
+PRCL = """
+Network:
+  name: 'DeepLabv3Plus'
+  num_class: 21
+EMA:
+  alpha: 0.99
+Optim:
+  lr: 3.2e-3
+  uncer_lr: 5e-5 # very sensitive
+  weight_decay: 5.0e-4
+Lr_Scheduler: {name: 'PolyLR', step_size: 90, gamma: 0.1}
+Dataset:
+  name: 'VOC'
+  data_dir: './VOC'
+  txt_dir: './VOC_split'
+  num_labels: 662
+  batch_size: 2
+  mix_mode: 'classmix'
+  crop_size: !!python/tuple [321, 321]
+  scale_size: !!python/tuple
+  - 0.5
+  - 1.5
+Training_Setting:
+  epoch: 200
+  save_dir: './checkpoints/'
+Seed: 3407
+Ramp_Scheduler: {begin_epoch: 0, max_epoch: 200, max_value: 1.0, min_value: 0, ramp_mult: -5.0}
+Prcl_Loss:
+  is_available: True
+  warm_up: 0
+  un_threshold: 0.97
+  strong_threshold: 0.8
+  weak_threshold: 0.7
+  temp: 100
+  num_queries: 256
+  num_negatives: 512
+Distributed:
+  world_size: 8
+  gpu_id: 0,1,2,3,4,5,6,7
+"""
+PRCL_CITY = {
+    "num_class: 21": "num_class: 19",
+    "'VOC'": "'CityScapes'",
+    "./VOC": "./cityscapes",
+    "662": "150",
+    "batch_size: 2": "batch_size: 6",
+    "[321, 321]": "[512, 512]",
+    "- 1.5": "- 2.0",
+    "Distributed:\n  world_size: 8\n  gpu_id: 0,1,2,3,4,5,6,7\n": "",
+}
+CSS = """
+Network: {name: DeepLabv3Plus, num_class: 21}
+EMA: {alpha: 0.99}
+Optim: {lr: 6.4e-3, weight_decay: 5e-4}
+Lr_Scheduler: {name: PolyLR, step_size: 90, gamma: 0.1}
+Dataset:
+  name: VOC
+  data_dir: /
+  txt_dir: /
+  num_labels: 331
+  batch_size: 8
+  crop_size: !!python/tuple [512, 512]
+  scale_size: !!python/tuple [0.5, 1.5]
+  mix_mode: cutmix
+Training_Setting: {epoch: 200, save_dir: ./checkpoints}
+Seed: 3407
+Loss:
+  is_available: True
+  warm_up: 0
+  un_threshold: 0.97
+  strong_threshold: 0.97
+  weak_threshold: 0.7
+  temp: 0.5
+  num_queries: 256
+  num_negatives: 512
+  alpha: 0.99
+Ramp_Scheduler: {begin_epoch: 0, max_epoch: 200, max_value: 1.0, min_value: 0, ramp_mult: -5.0}
+Distributed: {world_size: 2, gpu_id: "0,1"}
+"""
+CSS_CITY = {
+    "num_class: 21": "num_class: 19",
+    "VOC": "CityScapes",
+    "331": "372",
+    "batch_size: 8": "batch_size: 4",
+    "[512, 512]": "[769, 769]",
+    "[0.5, 1.5]": "[0.5, 2.0]",
+}
+
+
+def yaml_file(folder: Path, text: str, changes: dict | None = None) -> Path:
+    for old, new in (changes or {}).items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "theirs.yaml").write_text(text)
+    return folder / "theirs.yaml"
+
+
+@pytest.mark.parametrize(("changes", "name"), [({}, "voc"), (PRCL_CITY, "cityscapes")])
+def test_files_of_prcl_are_our_configs(tmp_path, capsys, changes, name):
+    file = yaml_file(tmp_path, PRCL, changes)
+    config_class = prcl.train.Config
+    assert parsed(config_class, "prcl/train.py", file) == ours(config_class, f"prcl/configs/{name}.json")
+    assert "Prcl_Loss.warm_up │ 0 │ ignored" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "split"), [({}, "voc", "splits/voc/331/3407"), (CSS_CITY, "cityscapes", None)]
+)
+def test_files_of_css_are_our_configs(tmp_path, changes, name, split):
+    file = yaml_file(tmp_path, CSS, changes)
+    config_class = css.train.Config
+    own = ours(config_class, f"css/configs/{name}.json", **({"data__split": split} if split else {}))
+    assert parsed(config_class, "css/train.py", file) == own
+
+
+def test_trees_and_lists_of_prcl_are_taken_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "VOC" / "JPEGImages").mkdir(parents=True)
+    (tmp_path / "VOC_split" / "662" / "3407").mkdir(parents=True)
+    data = parse(prcl.train.Config, "prcl/train.py", ["--config", str(yaml_file(tmp_path, PRCL))]).data
+    assert (data.root, data.split) == ("VOC", "VOC_split/662/3407")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tuple [321": "object/apply:os.system [321"},
+            r"line 19: the tag !!python/object/apply:os\.system is refused",
+        ),
+        ({"'./VOC'": "!!python/name:os.system"}, "the tag !!python/name:os.system is refused"),
+        ({"Seed: 3407": "Seed: !seed 3407"}, "neither JSON nor YAML: line 2.: could not determine a constructor"),
+        ({"num_labels: 662": "num_labels: &n 662", "temp: 100": "temp: *n"}, r"the alias \*n is refused"),
+        ({"Seed: 3407": "Seed: [3407"}, "neither JSON nor YAML: line"),
+        ({"uncer_lr": "uncert_lr"}, r"unknown key Optim\.uncert_lr; did you mean Optim\.uncer_lr\?"),
+        ({"Seed: 3407": ""}, "Seed missing: a config of PRCL's release has them"),
+        ({"'VOC'": "'COCO'"}, "Dataset.name is 'COCO'; the release knows VOC, CityScapes"),
+        ({"batch_size: 2": "batch_size: two"}, "Dataset.batch_size is 'two'"),
+        ({"[321, 321]": "321"}, "neither JSON nor YAML: line 19: expected a sequence node"),
+    ],
+)
+def test_unsafe_and_unknown_yaml_is_refused(tmp_path, changes, message):
+    file = yaml_file(tmp_path, PRCL, changes)
+    with pytest.raises(UserError, match=rf"theirs\.yaml: .*{message}") as error:
+        parse(prcl.train.Config, "prcl/train.py", ["--config", str(file)])
+    assert len(str(error.value).splitlines()) == 1
