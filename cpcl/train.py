@@ -29,6 +29,7 @@ from common.run import Run
 from common.schedules import poly, set_lr
 from common.seeding import generators
 from cpcl.losses import Prediction, count_pairs, disagreement, intersect, predict_pixels, reweighted_loss, unite
+from cpcl.their_config import translate
 
 BEYOND = 1  # pixels that a crop may reach beyond its image, as released
 
@@ -65,6 +66,8 @@ class Config:
     optim: OptimConfig
     method: Method
     run: RunConfig
+
+    from_released = staticmethod(translate)
 
 
 def check_method(config: Config) -> None:

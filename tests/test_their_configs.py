@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import cac_cps.setting
+import cpcl.train
 import css.train
 import prcl.train
 from common.config import load_config, parse, to_dict
@@ -307,3 +308,153 @@ def test_unsafe_and_unknown_yaml_is_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=rf"theirs\.yaml: .*{message}") as error:
         parse(prcl.train.Config, "prcl/train.py", ["--config", str(file)])
     assert len(str(error.value).splitlines()) == 1
+
+
+# ---- CPCL
+
+CPCL = """
+import os
+import os.path as osp
+from easydict import EasyDict as edict
+import numpy as np
+
+C = edict()
+config = C
+
+'''Paths'''
+if os.getenv('volna') is not None:
+    C.volna = os.environ['volna']
+else:
+    C.volna = '/data/cpcl/'
+C.repo_name = 'CPCL'
+C.abs_dir = osp.realpath(".")
+C.log_dir = osp.abspath('log')
+C.link_val_log_file = C.log_dir + '/val_last.log'
+C.dataset_path = osp.join(C.volna, 'DATA/pascal_voc')
+C.img_root_folder = C.dataset_path
+C.gt_root_folder = C.dataset_path
+C.pretrained_model = C.volna + 'DATA/pytorch-weight/resnet50_v1c.pth'
+C.device = '0'
+C.seed = 12345
+C.labeled_ratio = 8
+C.nepochs = 34
+C.train_source = osp.join(C.dataset_path, "subset_train_aug/train_aug_labeled_1-{}.txt".format(C.labeled_ratio))
+C.unsup_source = osp.join(C.dataset_path, "subset_train_aug/train_aug_unlabeled_1-{}.txt".format(C.labeled_ratio))
+C.eval_source = osp.join(C.dataset_path, "val.txt")
+C.cutmix_mask_prop_range = (0.25, 0.5)
+C.cutmix_boxmask_n_boxes = 3
+C.cutmix_boxmask_fixed_aspect_ratio = C.cutmix_boxmask_by_size = False
+C.cutmix_boxmask_outside_bounds = False
+C.cutmix_boxmask_no_invert = False
+C.num_classes = 21
+C.background = 0
+C.image_mean = np.array([0.485, 0.456, 0.406])
+C.image_height = 512
+C.image_width = 512
+C.num_train_imgs = 10582 // C.labeled_ratio
+C.num_eval_imgs = 1449
+C.num_unsup_imgs = 10582 - C.num_train_imgs
+if os.getenv('learning_rate') is not None:
+    C.lr = float(os.environ['learning_rate'])
+else:
+    C.lr = 0.005
+C.batch_size = 8
+C.lr_power = 0.9
+C.momentum = 0.9
+C.weight_decay = 1e-4
+C.bn_eps = 1e-5
+C.bn_momentum = 0.1
+C.unsup_weight = 1
+C.max_samples = max(C.num_train_imgs, C.num_unsup_imgs)
+C.niters_per_epoch = int(np.ceil(C.max_samples // C.batch_size))
+C.num_workers = 4
+C.train_scale_array = [0.5, 0.75, 1, 1.5, 1.75, 2.0]
+C.warm_up_epoch = 0
+C.eval_stride_rate = 2 / 3
+C.eval_scale_array = [1, ]
+C.eval_flip = False
+C.eval_crop_size = 512
+C.snapshot_iter = 2
+C.display_iter = 50
+
+def open_log():
+    os.makedirs(C.log_dir)
+
+if __name__ == '__main__':
+    print(config.nepochs)
+"""
+CPCL_CITY = {
+    "C.num_classes = 21": "C.num_classes = 19",
+    "= 512": "= 800",
+    "C.lr = 0.005": "C.lr = 0.01",
+    "C.batch_size = 8": "C.batch_size = 16",
+    "unsup_weight = 1": "unsup_weight = 5",
+}
+
+
+def config_py(folder: Path, changes: dict | None = None) -> Path:
+    return yaml_file(folder, CPCL, changes).rename(folder / "config.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "ratio", "epochs"),
+    [
+        ("voc", {}, 8, 34),
+        ("voc", {}, 16, 32),
+        ("voc", {}, 2, 60),
+        ("city", CPCL_CITY, 8, 137),
+        ("city", CPCL_CITY, 16, 128),
+        ("city", CPCL_CITY, 4, 160),
+    ],
+)
+def test_files_of_cpcl_are_our_configs(tmp_path, capsys, name, changes, ratio, epochs):
+    changes = changes | {"ratio = 8": f"ratio = {ratio}", "nepochs = 34": f"nepochs = {epochs}"}
+    file, config_class = config_py(tmp_path, changes), cpcl.train.Config
+    own = ours(config_class, f"cpcl/configs/{name}_resnet50_1over{ratio}.json")
+    assert parsed(config_class, "cpcl/train.py", file) == own
+    table = " ".join(capsys.readouterr().out.split())
+    assert "display_iter │ 50 │ ignored" in table and "max_samples │ (line 5" in table
+
+
+def test_paths_and_counts_that_cpcl_writes_as_values_count(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "voc" / "JPEGImages").mkdir(parents=True)
+    (tmp_path / "resnet50.pth").touch()
+    changes = {
+        "osp.join(C.volna, 'DATA/pascal_voc')": "'voc'",
+        "C.volna + 'DATA/pytorch-weight/resnet50_v1c.pth'": "'resnet50.pth'",
+        "C.train_source = ": "C.train_source = 'mine.txt' #",
+        "C.niters_per_epoch = int": "C.niters_per_epoch = 10\nniters = int",
+    }
+    config = parse(cpcl.train.Config, "cpcl/train.py", ["--config", str(config_py(tmp_path, changes))])
+    data = config.data
+    assert (data.root, data.labeled_list) == ("voc", "mine.txt")
+    assert data.unlabeled_list == "voc/subset_train_aug/train_aug_unlabeled_1-8.txt"
+    assert config.model.pretrained == "resnet50.pth"
+    assert (config.run.steps_per_epoch, config.run.snapshot_from) == (10, 70)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"C.seed = 12345": "C.seed = os.system('touch ran')"}, "line 24: C.seed is no literal or conditional"),
+        ({"C.seed = 12345": "C.seed = 1\nC.seed += 1"}, "line 25: C.seed is no literal or conditional"),
+        ({"C.seed = 12345": "C.seed = 1\nif osp: C.seed = 2"}, "line 25: C.seed is no literal or conditional"),
+        ({"C.seed = 12345": "C.seed = {1, 2}"}, "line 24: C.seed is no literal or conditional"),
+        ({"C.seed = 12345": "C['seed'] = 1"}, "line 24: values are read from C.name = VALUE alone"),
+        ({"C.seed = 12345": "C.update(seed=1)"}, "line 24: values are read from C.name = VALUE alone"),
+        ({"C.seed = 12345": "C.seed = = 1"}, "line 24: no Python: invalid syntax"),
+        ({"C.momentum": "C.momentun"}, r"unknown key momentun; did you mean momentum\?"),
+        ({"C.nepochs = 34": ""}, "nepochs missing: a config of CPCL's release has them"),
+        ({"C.num_classes = 21": "C.num_classes = 11"}, "num_classes is 11; the release knows 21, 19"),
+        ({"C.eval_flip = False": "C.eval_flip = True"}, "eval_flip is True; the release has False alone"),
+        ({"C.labeled_ratio = 8": "C.labeled_ratio = 0"}, "labeled_ratio is 0; it must be a whole number above 0"),
+        ({"C.lr = 0.005": "C.lr = 'fast'"}, r"optim\.lr"),
+    ],
+)
+def test_a_config_py_is_read_and_never_run(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        parse(cpcl.train.Config, "cpcl/train.py", ["--config", str(config_py(tmp_path, changes))])
+    assert len(str(error.value).splitlines()) <= 2
+    assert [file.name for file in tmp_path.iterdir()] == ["config.py"]
