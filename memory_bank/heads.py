@@ -5,6 +5,7 @@ not count are left out of sums: nothing has to wait for their number.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +44,7 @@ class RowNorm(nn.Module):
         if not self.training:
             mean, variance = self.running_mean, self.running_var
         else:
-            share = counted.float()
-            number = summed(share.sum())
-            mean = summed(share @ rows) / number.clamp(min=1)
-            variance = summed(share @ (rows - mean).square()) / number.clamp(min=1)
+            mean, variance, number = _statistics(rows, counted.float())
             _remember(self, mean, variance, number, number > 1)
         scale = self.weight * torch.rsqrt(variance + EPSILON)
         return torch.addcmul(self.bias - mean * scale, rows, scale)
@@ -211,6 +209,15 @@ class Heads(nn.Module):
         """Feature [B,D,h,w], label int64 [B,h,w] (255: does not count) -> rows [B*h*w,F] for the contrastive loss."""
         counted = (label != IGNORE).flatten()
         return self.prediction(self.projection(rows_of(feature), counted), counted)
+
+
+def _statistics(rows: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance [F] of the rows [M,F] that `share` [M] counts, and their number, over all processes."""
+    # Half precision is too coarse for sums of so many rows. Meta tensors, which have none, know no autocast.
+    with nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
+        number = summed(share.sum())
+        mean = summed(share @ rows) / number.clamp(min=1)
+        return mean, summed(share @ (rows - mean).square()) / number.clamp(min=1), number
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -46,6 +47,14 @@ def test_a_run_leaves_what_is_documented(script, tiny, tmp_path, capsys):
     assert (run / "pictures" / "step_00000006.png").exists()
     assert (run / "eval").is_dir()
     assert "mIoU" in capsys.readouterr().out
+
+
+@every_script
+def test_bf16_trains_every_term_of_the_loss(script, tiny, tmp_path):
+    train(script, tiny(script, "--run.precision", "bf16", "--run.eval_every", "6", "--run.save_every", "6"))
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert len(lines) == 6
+    assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
 def test_only_the_newest_checkpoints_and_the_best_are_kept_and_snapshots_stay(some_script, tiny, tmp_path):
