@@ -108,8 +108,7 @@ class Folder(Source):
         """Sorted stems of the label files that belong to no image."""
         return sorted(self._labels.keys() - {name + self._ending for name in self._images})
 
-    def read_label(self, name: str) -> Tensor:
-        path = self.label_path(name)
+    def _decode_label(self, path: Path) -> Tensor:
         picture = open_label(path)
         if self._list.colors:
             if picture.mode in ("1", "L"):

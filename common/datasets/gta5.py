@@ -61,8 +61,7 @@ class GTA5(Source):
         folder = self._root / "images" / (subset if len(self._subsets) > 1 else ".")
         return sorted(path.stem for path in folder.glob("*.png"))
 
-    def read_label(self, name: str) -> Tensor:
-        path = self.label_path(name)
+    def _decode_label(self, path: Path) -> Tensor:
         label, unknown = class_ids(open_label(path), path)
         if unknown:
             color = next(iter(unknown))

@@ -80,16 +80,20 @@ class Source(ABC):
 
     def read_label(self, name: str) -> Tensor:
         """uint8 [H, W]: class ids, 255 = ignore. Raises UserError for a missing or broken file or an unknown value."""
-        path = self.label_path(name)
-        stored = stored_ids(open_label(path), path)
-        return torch.from_numpy(apply_table(self._label_table(path), stored, path))
+        return self._decode_label(self.label_path(name))
 
     def read_pair(self, name: str) -> tuple[Tensor, Tensor]:
         """`read_image` and `read_label`. Raises UserError naming both sizes when they differ."""
-        image, label = self.read_image(name), self.read_label(name)
+        image_path, label_path = self.image_path(name), self.label_path(name)
+        image, label = read_picture(image_path), self._decode_label(label_path)
         sizes = [(tensor.shape[-1], tensor.shape[-2]) for tensor in (image, label)]
-        _same_size(self.image_path(name), sizes[0], self.label_path(name), sizes[1])
+        _same_size(image_path, sizes[0], label_path, sizes[1])
         return image, label
+
+    def _decode_label(self, path: Path) -> Tensor:
+        """`read_label` of the file at `path`."""
+        stored = stored_ids(open_label(path), path)
+        return torch.from_numpy(apply_table(self._label_table(path), stored, path))
 
 
 def read_picture(path: Path) -> Tensor:
