@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from common.config import ModelConfig, RunConfig, load_config
 from common.datasets.folder import IMAGE_SUFFIXES
 from common.datasets.source import picture_size, read_picture
+from common.devices import accelerator_on
 from common.errors import OUT_OF_MEMORY, UserError, told
-from common.eval_cli import accelerator_on, protocol_from
+from common.eval_cli import protocol_from
 from common.export import export_network
 from common.inference import Protocol, predict
 from common.models import build_network

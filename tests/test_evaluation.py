@@ -21,8 +21,9 @@ from torch import nn
 from common import checkpoints
 from common.config import DataConfig, ModelConfig, RunConfig
 from common.datasets import open_source
+from common.devices import launch_command, parse_devices
 from common.errors import UserError
-from common.eval_cli import launch_command, main_eval, parse_devices
+from common.eval_cli import main_eval
 from common.evaluation import evaluate, sample_predictions
 from common.inference import Protocol, predict
 from common.models import build_network
