@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from common.config import Translation, flatten, read_commented_json
+from common.config_files import Translation, flatten, read_commented_json
 from common.errors import UserError
 from common.released_configs import Settings, choice, ignored, only, root_of, same, translate_keys, whole
 

@@ -23,7 +23,8 @@ from rich.progress import track
 from rich.table import Table
 
 from common import IGNORE
-from common.config import DataConfig, SharedConfig, flatten, let_given_lists_win, load_config, seed_split, to_dict
+from common.config import DataConfig, SharedConfig, let_given_lists_win, load_config, seed_split, to_dict
+from common.config_files import flatten
 from common.datasets import Source, open_source
 from common.datasets.published import said_of
 from common.datasets.splits import Split, split_of

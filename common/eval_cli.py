@@ -15,7 +15,8 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import Tensor
 
-from common.config import DataConfig, ModelConfig, config_of, load_config, show_translation
+from common.config import DataConfig, ModelConfig, config_of, load_config
+from common.config_files import show_translation
 from common.datasets import open_source
 from common.datasets.source import Source
 from common.datasets.splits import valid_of

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from common import checkpoints
-from common.config import flatten, to_dict
+from common.config import to_dict
+from common.config_files import flatten
 from common.errors import UserError
 from common.logbook import replace_file
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from common import checkpoints
-from common.config import Translation, load_config
+from common.config import load_config
+from common.config_files import Translation
 from common.datasets import named_classes
 from common.errors import UserError
 from common.folder import open_folder

@@ -1,4 +1,4 @@
-"""What the translations of released config files share; see `common.config.Translation`.
+"""What the translations of released config files share; see `common.config_files.Translation`.
 
 A rule says what a key of theirs became: settings of ours (dotted keys), or a text that tells why there is none.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config import Translation, nearest, sections_of
+from common.config_files import Translation, nearest, sections_of
 from common.errors import UserError
 
 Settings = dict[str, Any]

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from common.config import flatten
+from common.config_files import flatten
 from common.errors import UserError
 from common.released_configs import Rule, Settings, choice, ignored, only, root_of, same, whole
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from common import checkpoints
 from common.agreement import Agreement
-from common.config import flatten, to_dict
+from common.config import to_dict
+from common.config_files import flatten
 from common.devices import make_accelerator, share_batch
 from common.errors import UserError
 from common.folder import check_folder, open_folder

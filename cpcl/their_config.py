@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.config import Translation
+from common.config_files import Translation
 from common.errors import UserError
 from common.released_configs import Rule, Settings, choice, ignored, only, root_of, same, translate_keys, whole
 

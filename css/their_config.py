@@ -1,6 +1,6 @@
 """The config files of CSS's release in our words."""
 
-from common.config import Translation
+from common.config_files import Translation
 from common.released_configs import Settings, choice, ignored, same, translate_keys
 from common.released_yaml import ALWAYS, REQUIRED, RULES, batch_size, read_released_yaml
 

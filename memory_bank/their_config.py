@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.config import Translation, flatten, read_commented_json
+from common.config_files import Translation, flatten, read_commented_json
 from common.errors import UserError
 from common.models.weights import read_torch
 from common.released_configs import Rule, Settings, only, same, translate_keys

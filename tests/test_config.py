@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accuracy import command
-from common.config import flatten, load_config, parse, to_dict
+from common.config import load_config, parse, to_dict
+from common.config_files import flatten
 from common.errors import UserError
 from prcl.train import Config
 

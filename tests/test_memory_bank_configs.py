@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common.config import config_of, flatten, parse, to_dict
+from common.config import config_of, parse, to_dict
+from common.config_files import flatten
 from common.errors import UserError
 from common.models import build_network
 from common.models.weights import MEMORY_BANK
