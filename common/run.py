@@ -417,6 +417,9 @@ class Run(AbstractContextManager):
 
         Args:
             kind: Of weights made of the best ones, to which `best` points if they have a higher mIoU.
+
+        Raises:
+            UserError: the checkpoint of the last step could not be written.
         """
         if not self.is_main:
             return
@@ -431,6 +434,11 @@ class Run(AbstractContextManager):
             shown = miou if better is None else better
             self.log.say(f"best mIoU {100 * shown:.2f} after step {step}{weights} (chosen on the valid list)")
         self.log.say(f"pictures in {self.folder / 'pictures'}")
+        if self._saved_step < self.step:
+            raise UserError(
+                f"no checkpoint of the last step, {self.step}, could be written to {self.folder / 'checkpoints'}: "
+                f"make room, and give the same command again; it continues after step {self._saved_step}"
+            )
 
     # Inside
 
