@@ -4,7 +4,6 @@ Apart from the factors of the colours and the mixed classes every choice is one 
 [0, 1], padding is black.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from common import IGNORE
 from common.augment import mix
 from common.augment.mixing import draw_class_keys
 from common.augment.photometric import adjust_hue
+from common.devices import to_device
 
 Maps = tuple[Tensor, Tensor, Tensor]
 BLUR_SIGMA, BLUR_TAPS = 1.5, 23
@@ -117,7 +117,7 @@ def view(
     keys = np.stack([draw_class_keys(rng) for rng in rngs])
     factors = [draw_factors(rng, ranges.jitter) for rng in rngs]
     if choice.mixes:
-        mask = class_mask(label, torch.from_numpy(keys).to(label.device), with_background)
+        mask = class_mask(label, to_device(keys, label.device), with_background)
         following = from_next(*(values[0] for values in (image, label, confidence, mask)))
         image, label, confidence = class_mix(image, label, confidence, mask, following)
     if choice.scale != 1:
@@ -225,13 +225,14 @@ _COLOR_CHANGES = {"brightness": _brightness, "contrast": _contrast, "saturation"
 
 def _column(amounts: Sequence[float], image: Tensor) -> Tensor:
     """[B,1,1,1]."""
-    return torch.tensor(amounts, dtype=image.dtype).view(-1, 1, 1, 1).to(image.device, non_blocking=True)
+    return to_device(np.array(amounts, np.float32), image.device).to(image.dtype).view(-1, 1, 1, 1)
 
 
 def blur(image: Tensor) -> Tensor:
     """Along the rows alone, sigma 1.5: the release gives Kornia its two sigmas as those of the axes, 0.1 and 1.5."""
     reach = BLUR_TAPS // 2
-    taps = torch.tensor([math.exp(-((x / BLUR_SIGMA) ** 2) / 2) for x in range(-reach, reach + 1)])
-    kernel = (taps / taps.sum()).to(image.device, image.dtype, non_blocking=True).view(1, 1, 1, -1)
+    place = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)
+    taps = torch.exp(-(place / BLUR_SIGMA).square() / 2)
+    kernel = (taps / taps.sum()).view(1, 1, 1, -1)
     channels = image.flatten(0, 1).unsqueeze(1)
     return F.conv2d(F.pad(channels, (reach, reach, 0, 0), mode="reflect"), kernel).view_as(image)

@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import IGNORE
 from memory_bank.bank import Bank, correct_and_confident
 from memory_bank.heads import BLOCK, SLOPE, Head, RowNorm, Selectors
 from memory_bank.losses import ClassBalance, contrastive_loss, entropy_loss, pseudo_label_loss, supervised_loss
-from memory_bank.views import STRONG, Choice, draw_choice, rescale
+from memory_bank.views import STRONG, Choice, draw_choice, rescale, view
 
 CLASSES, DIMS, SIZE = 4, 8, 6
 
@@ -149,6 +150,31 @@ def test_nothing_waits_for_the_device():
         ]
         sum(losses).backward()
     assert classes.shape == (2, 5, 5) and features.grad.is_meta
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Notes where the copies come from that wait for the device they are to go to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        waits = function is torch.ops.aten._to_copy.default and not kwargs.get("non_blocking")
+        if waits and str(kwargs.get("device")) == "meta" and args[0].device.type == "cpu":
+            self.found.append(args[0].shape)
+        return function(*args, **kwargs)
+
+
+def test_no_view_waits_for_the_device():
+    maps = (torch.empty(2, 3, 32, 32), torch.empty(2, 32, 32, dtype=torch.int64), torch.empty(2, 32, 32))
+    maps = tuple(values.to("meta") for values in maps)
+    everything = Choice(True, 1.3, (0.2, 0.4), True, ("hue", "contrast", "saturation", "brightness"), True)
+    with BlockingCopies() as copies:
+        found = view(*maps, everything, STRONG, [np.random.default_rng(i) for i in range(2)], False, lambda *own: own)
+    assert not copies.found
+    assert [values.shape for values in found] == [values.shape for values in maps]
 
 
 def test_any_scale_and_corner_keep_the_size():
