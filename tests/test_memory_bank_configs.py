@@ -193,6 +193,12 @@ def test_what_the_release_does_not_know_is_told(tmp_path, key, value, message):
     assert len(str(error.value).splitlines()) <= 2
 
 
+@pytest.mark.parametrize(("key", "value"), [("method.bank_rows_factor", 1e9), ("method.unlabeled_batch_size", 100000)])
+def test_what_no_machine_can_hold_is_told(key, value):
+    with pytest.raises(UserError, match=rf"^{key} is .*; it goes from"):
+        parse(Config, "memory_bank/train.py", ["--config", str(CONFIGS / "demo.json"), f"--{key}", str(value)])
+
+
 def test_files_of_other_kinds_are_left_alone():
     assert translate("no JSON") is None and translate("[]") is None
     assert translate((CONFIGS / "demo.json").read_text()) is None
