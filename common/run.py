@@ -430,7 +430,7 @@ class Run(AbstractContextManager):
             if better is not None:
                 with suppress(OSError):  # a full disk: it then stands beside the others under its own name
                     checkpoints.point(self.folder / "checkpoints", "best", step, kind)
-            weights = f", {kind}," if better is not None else ""
+            weights = f", {kind}" if better is not None else ""
             shown = miou if better is None else better
             self.log.say(f"best mIoU {100 * shown:.2f} after step {step}{weights} (chosen on the valid list)")
         self.log.say(f"pictures in {self.folder / 'pictures'}")

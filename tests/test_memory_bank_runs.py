@@ -65,7 +65,7 @@ def test_statistics_are_taken_anew_from_the_best_and_nothing_else_changes(fallin
         train.main(tiny(SCRIPT, "--run.steps", "2", "--run.eval_every", "1"))
         root = tmp_path / "run" / "checkpoints"
         assert os.readlink(root / "best") == "refreshed_00000001"
-        assert "best mIoU 90.00 after step 1, refreshed, (chosen on the valid list)" in capsys.readouterr().out
+        assert "best mIoU 90.00 after step 1, refreshed (chosen on the valid list)" in capsys.readouterr().out
         before, after = (load_file(root / f"{kind}_00000001" / "model.safetensors") for kind in ("step", "refreshed"))
         changed = {name.rsplit(".", 1)[1] for name in before if not before[name].equal(after[name])}
         assert changed == {"running_mean", "running_var", "num_batches_tracked"}
@@ -110,7 +110,8 @@ def test_a_source_that_cannot_serve_is_told(domains, tiny, tmp_path, capsys):
     root = str(tmp_path / "cityscapes")
     for change, words in {
         ("cityscapes", root): "is data.root itself",
-        ("gta5", str(tmp_path / "split")): "no GTA5 tree under",
+        ("gta5", str(tmp_path / "split")): "gta5/images; set source_root to",
+        ("gta5", str(tmp_path / "nowhere")): "nowhere, is not a folder: set source_root to",
         ("shapes", str(tmp_path / "drawn")): "has other classes",
     }.items():
         source = ["--method.adaptation.source_dataset", change[0], "--method.adaptation.source_root", change[1]]

@@ -63,7 +63,13 @@ def open_second(data: DataConfig, dataset: str, root: str | None) -> Source:
         raise UserError(f"the source of adaptation is data.root itself, {second}: give another source_root")
     if built_in and not is_drawn(second):
         make_shapes(second, "voc", domain="b")
-    target, source = open_source(data), open_source(replace(data, dataset=dataset, root=str(second), split=None))
+    target = open_source(data)
+    if not second.is_dir():
+        raise UserError(f"the source of adaptation, {second}, is not a folder: set source_root to where its data lie")
+    try:
+        source = open_source(replace(data, dataset=dataset, root=str(second), split=None))
+    except UserError as error:
+        raise UserError(f"{error}; set source_root to where the source of adaptation lies") from None
     if target.classes != source.classes:
         raise UserError(f"{second} has other classes than {first}: {len(source.classes)} and {len(target.classes)}")
     source.skip_bad_files = data.skip_bad_files
