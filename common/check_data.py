@@ -2,12 +2,14 @@
 
     python -m common.check_data --config prcl/configs/voc.json --data.root data/VOC2012
 
+The config may also be one that a paper's own repository released.
 Every image of the three lists is decoded, and every label of the labeled and the validation list. Reported are the tree
 that was found, the lists and which published ones they are, missing and broken files, sizes, and the share of pixels of
 each class. The last line is the verdict; the exit status is 2 when something is wrong.
 """
 
 import argparse
+import importlib
 import os
 import sys
 from collections import Counter
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from jsonargparse import ArgumentError, ArgumentParser
@@ -24,13 +27,14 @@ from rich.table import Table
 
 from common import IGNORE
 from common.config import DataConfig, SharedConfig, let_given_lists_win, load_config, seed_split, to_dict
-from common.config_files import flatten
+from common.config_files import Translation, flatten
 from common.datasets import Source, open_source
 from common.datasets.published import said_of
 from common.datasets.splits import Split, split_of
 from common.errors import UserError
 
 SHOWN_FAULTS = 5
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -167,6 +171,35 @@ def _say(console: Console, line: str) -> None:
     console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
+def translate(text: str) -> Translation | None:
+    """A config file that any paper's repository released, in our words; None where `text` is none.
+
+    Papers are asked by the file that each keeps for this, `their_config.py`: none is named here.
+
+    Raises:
+        UserError: those that know the kind of file do not know what is in it; each is named with what it lacks.
+    """
+    wrong: dict[str, list[str]] = {}
+    for path in sorted(ROOT.glob("*/their_config.py")):
+        paper = path.parent.name
+        try:
+            found = importlib.import_module(f"{paper}.their_config").translate(text)
+        except UserError as error:  # the releases of two papers have files of one kind
+            wrong.setdefault(str(error), []).append(paper)
+            continue
+        if found is not None:
+            return found
+    if wrong:
+        raise UserError("\n".join(f"as a config of {' or '.join(papers)}: {told}" for told, papers in wrong.items()))
+    return None
+
+
+class AnyConfig(SharedConfig):
+    """The shared sections of our configs and of released ones."""
+
+    from_released = staticmethod(translate)
+
+
 def read_config(argv: Sequence[str]) -> SharedConfig:
     """Sections `data`, `model` and `run` of the file after `--config`, with `--dotted.overrides`; no others.
 
@@ -174,9 +207,11 @@ def read_config(argv: Sequence[str]) -> SharedConfig:
     """
     files = argparse.ArgumentParser(prog="python -m common.check_data", description=__doc__, allow_abbrev=False)
     files.formatter_class = argparse.RawDescriptionHelpFormatter
-    files.add_argument("--config", required=True, help="JSON file of any paper; --data.KEY and --model.KEY override it")
+    files.add_argument(
+        "--config", required=True, help="config of any paper, also as released; --data.KEY and --model.KEY override it"
+    )
     args, overrides = files.parse_known_args(argv)
-    config = load_config(SharedConfig, args.config, only_known=True)
+    config = load_config(AnyConfig, args.config, only_known=True)
     parser = ArgumentParser(exit_on_error=False, parser_mode="json")
     parser.add_class_arguments(SharedConfig)
     parser.set_defaults(flatten(to_dict(config)))

@@ -1,6 +1,7 @@
 """check_data: sound data pass, and each thing that can be wrong is named with exit status 2."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 
 from common.check_data import main
 from common.datasets.splits import Split, write_split
+from tests.test_memory_bank_configs import DESCRIBED
+from tests.test_their_configs import CAC, CPCL, CSS, PRCL
 
 
 @pytest.fixture
@@ -101,6 +104,37 @@ def test_labels_that_say_nothing(tree, capsys):
         Image.fromarray(np.full((4, 6), 255, np.uint8)).save(tree / "voc" / "SegmentationClassAug" / f"{name}.png")
     status, text = check(tree, capsys)
     assert status == 2 and "wrong: labeled: no pixel of any class" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        (json.dumps(CAC), "datalist │ 0"),
+        (DESCRIBED.replace("cityscapes", "pascal_voc"), 'version │ "2"'),
+        (PRCL, "Prcl_Loss.temp │ 100"),
+        (CSS, "Loss.temp │ 0.5"),
+        (CPCL, "labeled_ratio │"),
+    ],
+)
+def test_released_configs_are_read_too(tree, capsys, text, row):
+    (tree / "config.json").write_text(text)
+    overrides = ["--data.dataset", "voc", "--data.root", str(tree / "voc"), "--data.split", str(tree / "split")]
+    status, told = check(tree, capsys, *overrides, "--model.num_classes", "21")
+    assert status == 0 and row in told and "labeled │ 2 │ 0 │ 0 │ 6x4" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PRCL.replace("uncer_lr", "uncert_lr"), r"as a config of prcl: unknown key Optim\.uncert_lr"),
+        ("{", r"config\.json is not JSON"),
+        ("Seed: [", r"as a config of css or prcl: neither JSON nor YAML"),
+    ],
+)
+def test_unknown_configs_are_told(tree, capsys, text, message):
+    (tree / "config.json").write_text(text)
+    status, told = check(tree, capsys)
+    assert status == 2 and re.search(message, told), told
 
 
 @pytest.mark.parametrize(
