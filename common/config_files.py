@@ -107,11 +107,11 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 def _read_text(path: str | Path) -> str:
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8-sig")  # with or without the mark that Windows' editors write
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"config {path} is no text: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"config {path} is no text in UTF-8: save it as UTF-8") from None
 
 
 def _as_json(text: str, path: str | Path) -> dict[str, Any]:

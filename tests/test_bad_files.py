@@ -128,6 +128,13 @@ def test_windows_line_ends_and_blank_lines_are_accepted(tree, tmp_path):
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
 
+def test_a_list_in_another_encoding_is_told(tree, capsys):
+    root, _, arguments = tree
+    names = listed(root, "labeled").read_text()
+    listed(root, "labeled").write_text(names, encoding="utf-16")
+    assert "labeled_filename.txt is no text in UTF-8" in refused(SCRIPT, arguments, capsys)
+
+
 def test_the_run_folder_of_another_network_is_refused(tiny, tmp_path, capsys):
     train(SCRIPT, tiny(SCRIPT, "--run.steps", "2"))
     config = tmp_path / "run" / "config.json"

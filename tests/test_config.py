@@ -41,6 +41,15 @@ def test_file_then_overrides(write):
     assert config.run.dir == "runs/prcl/mine"
 
 
+def test_files_as_windows_editors_write_them(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(VALID), encoding="utf-8-sig")
+    assert parse(Config, "prcl/train.py", ["--config", str(file)]).method.temp == 0.5
+    file.write_text(json.dumps(VALID), encoding="utf-16")
+    with pytest.raises(UserError, match=r"mine\.json is no text in UTF-8: save it as UTF-8"):
+        parse(Config, "prcl/train.py", ["--config", str(file)])
+
+
 def test_steps_on_the_command_line_replace_epochs(write):
     config = parse(Config, "prcl/train.py", ["--config", write(VALID), "--run.steps", "7"])
     assert (config.run.steps, config.run.epochs) == (7, None)

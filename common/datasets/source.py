@@ -203,8 +203,10 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a list that are not blank, without spaces and carriage returns around them."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"list {path} cannot be read as text: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"list {path} is no text in UTF-8: save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"list {path} cannot be read: {error.strerror}") from None
     return [line.strip() for line in lines if line.strip()]
 
 
