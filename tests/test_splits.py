@@ -296,7 +296,8 @@ def test_lists_of_paths_name_the_images_of_any_tree(tmp_path):
     stems = [name.removesuffix("_leftImg8bit") for name in names]
     lines = [f"/images/train/{stem}.png\t/segmentation/train/{stem}_gtFine.png" for stem in stems[:2]]
     (tmp_path / "cps.txt").write_text("\n".join(lines))
-    (tmp_path / "others.txt").write_text("".join(f"leftImg8bit/train/{name}.png\n" for name in names[2:]))
+    # As a script on Windows writes them.
+    (tmp_path / "others.txt").write_text("".join(f"leftImg8bit\\train\\{name}.png\r\n" for name in names[2:]))
     lists = {"labeled_list": str(tmp_path / "cps.txt"), "unlabeled_list": str(tmp_path / "others.txt")}
     split = split_of(DataConfig("cityscapes", str(tmp_path), **lists), source)
     assert (split.labeled, split.unlabeled) == (names[:2], names[2:])

@@ -9,7 +9,8 @@ Known by their files, whatever they are called:
 - a file with `labeled_` in its name, beside which is one with `unlabeled_`; val.txt beside them or one folder up if
   there is one (CPS and CPCL, also PseudoSeg's lists).
 
-In all but the first a line is an id or the paths of an image and of its label, between which are spaces or a tab.
+In all but the first a line is an id or the paths of an image and of its label, between which are spaces or a tab. Paths
+may have the backslashes of Windows.
 """
 
 import re
@@ -80,7 +81,7 @@ def read_ids(path: Path, id_of: Callable[[str], str]) -> list[str]:
     """
     if not path.is_file():
         raise UserError(f"no list {path}: the labeled and the unlabeled list go together")
-    lines = read_lines(path)
+    lines = [line.replace("\\", "/") for line in read_lines(path)]
     return _once([id_of(line.split()[0]) if set(line) & set("/\t") else line for line in lines], path)
 
 
