@@ -222,7 +222,7 @@ def _read_network(
             raise UserError(f"{file.parent} holds no second network; evaluate it with --network 1")
         return own
     state = read_state(file, release.entries if release else STATE_ENTRIES)
-    return state if is_ours(state) or release is None else release.segmenter(state, 2 if name == "2" else 1)
+    return state if is_ours(state) or release is None else release.ours(state, file, 2 if name == "2" else 1)
 
 
 def _read_extra(file: Path, name: str) -> State:

@@ -44,7 +44,14 @@ class Release:
 
     def read(self, file: Path, number: int = 1) -> State:
         """Weights of network 1 or 2, with our keys. Raises UserError as `read_file`, or for keys of another network."""
-        return self.segmenter(state_in(read_file(file), file, self.entries), number)
+        return self.ours(state_in(read_file(file), file, self.entries), file, number)
+
+    def ours(self, state: State, file: Path, number: int = 1) -> State:
+        """Weights of network 1 or 2, out of `file`, with our keys. Raises UserError for keys of another network."""
+        try:
+            return self.segmenter(state, number)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
 
     def left_out(self, file: Path) -> str:
         """What of a file is not used to evaluate network 1, in words."""

@@ -177,7 +177,7 @@ def test_what_cannot_be_converted_is_told(name, tmp_path, capsys):
     torch.save({"model": {"weight": torch.zeros(1)}, "callback": Runs()}, file)
     refused(r"theirs\.pth: refused, .* print", "-e", file, "--convert", tmp_path / "run")
     torch.save({"model": {"weight": torch.zeros(1)}}, file)
-    refused("not a published network", "-e", file, "--convert", tmp_path / "run")
+    refused(r"theirs\.pth: not a published network", "-e", file, "--convert", tmp_path / "run")
     write_theirs(name, file, num_classes=7)
     refused("7 classes .* give one with --config", "-e", file, "--convert", tmp_path / "run")
     write_theirs(name, file)
