@@ -116,7 +116,7 @@ def check_labels(source: Folder, names: Sequence[str]) -> None:
     strays = source.stray_labels()
     if not names:
         hint = f"; {strays[0]}.png belongs to no image, for one" if strays else ""
-        raise UserError(f"{source.layout}: no image has a label: a label has the name of its image{hint}")
+        raise UserError(f"{source.layout}: no image has a label: a label is a PNG with the name of its image{hint}")
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda name: source.check_size(name, with_label=True), names))
         occurs = np.stack(list(pool.map(lambda name: classes_in(source, name), names))).any(0)

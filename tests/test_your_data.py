@@ -139,7 +139,10 @@ def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatc
         (lambda mine: write_rgb(mine, (9, 9, 9)), r"p03_mask\.png holds the colour \(9, 9, 9\), which .*classes\.txt"),
         (lambda mine: write_mask(mine / "masks/p03_mask.png", np.full((4, 4), 1), "rgb"), "is 48x40 but its label"),
         (lambda mine: (mine / "masks/p03_mask.png").write_bytes(b"x"), "cannot be decoded"),
-        (lambda mine: classes(mine, "a", "b", "c"), "is a picture of colours: write those of the classes"),
+        (
+            lambda mine: classes(mine, "a", "b", "c"),
+            r"is a picture of colours: write .*classes\.txt, as in `road 128 64 128`",
+        ),
         (lambda mine: classes(mine, "a 1 2 3", "b"), "b has no colour, but others have"),
         (lambda mine: classes(mine, "a 1 2 3", "b 1 2 3"), r"\(1, 2, 3\) occurs 2 times"),
         (lambda mine: classes(mine, "a", "a"), "a occurs 2 times"),
@@ -151,6 +154,10 @@ def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatc
         (
             lambda mine: [path.rename(path.with_name("x" + path.name)) for path in (mine / "masks").iterdir()],
             "no image has",
+        ),
+        (
+            lambda mine: [path.rename(path.with_suffix(".jpg")) for path in (mine / "masks").iterdir()],
+            "no image has a label: a label is a PNG",
         ),
         (lambda mine: (mine / "photos").rename(mine / "pictures"), "no images in .*photos"),
     ],

@@ -117,7 +117,10 @@ class Folder(Source):
             ids = ids_of_colors(picture, path, self._list.colors, self._list.ignored_colors, known)
             return torch.from_numpy(ids)
         if picture.mode in ("RGB", "RGBA"):
-            raise UserError(f"label {path} is a picture of colours: write those of the classes into {self._list_path}")
+            raise UserError(
+                f"label {path} is a picture of colours: write those of the classes into {self._list_path}, "
+                "as in `road 128 64 128`"
+            )
         return torch.from_numpy(apply_table(self._label_table(path), stored_ids(picture, path), path))
 
     def _image_candidates(self, name: str) -> list[Path]:
