@@ -126,14 +126,15 @@ class ClassBalance(nn.Module):
         self.register_buffer("labeled", torch.zeros(labeled_steps, num_classes, dtype=torch.int64))
         self.register_buffer("unlabeled", torch.zeros(unlabeled_steps, num_classes, dtype=torch.int64))
 
-    def add_labeled(self, step: int, label: Tensor) -> None:
-        """Count `label` int64 [B,H,W] of step number `step`, from 0."""
+    def add_labeled(self, step: int, label: Tensor, part: int = 0) -> None:
+        """Count `label` int64 [B,H,W] of step number `step`, from 0; it may come in parts."""
         if step < len(self.labeled):
-            self.labeled[step] = self._count(label)
+            self.labeled[step] = self._count(label) + (self.labeled[step] if part else 0)
 
-    def add_unlabeled(self, step: int, pseudo_label: Tensor) -> None:
-        """Count `pseudo_label` int64 [B,H,W] of step number `step`, in place of the oldest."""
-        self.unlabeled[step % len(self.unlabeled)] = self._count(pseudo_label)
+    def add_unlabeled(self, step: int, pseudo_label: Tensor, part: int = 0) -> None:
+        """Count `pseudo_label` int64 [B,H,W] of step number `step`, in place of the oldest; it may come in parts."""
+        row = step % len(self.unlabeled)
+        self.unlabeled[row] = self._count(pseudo_label) + (self.unlabeled[row] if part else 0)
 
     def weights(self, steps: int) -> Tensor:
         """sqrt(median frequency / frequency) [C] after `steps` counted steps; ones until the tables are full.

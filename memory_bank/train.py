@@ -60,14 +60,14 @@ def train(config: Config, run: Run) -> None:
     for step in run.steps():
         set_lr(parts.optimizer, poly(step, run.total, optim.poly_power))
         contrasts, fills = step > method.contrast_start, step > method.bank_start
-        for _ in run.passes(parts.wrapped):
+        for part in run.passes(parts.wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
                 unlabeled: Batch = next(unlabeled_batches)
             with record_function("teacher"):
                 guess = guess_labels(parts, unlabeled, config, run)
-                balance.add_labeled(step, labeled.label)
-                balance.add_unlabeled(step, guess[0])
+                balance.add_labeled(step, labeled.label, part)
+                balance.add_unlabeled(step, guess[0], part)
             with record_function("augmentation"):
                 image, label = labeled_view(labeled, WEAK, "weak view", config, run)
                 strong, pseudo_label, confidence = unlabeled_views(unlabeled, guess, contrasts, config, run)

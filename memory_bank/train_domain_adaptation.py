@@ -83,15 +83,15 @@ def train(config: Config, run: Run) -> None:
         contrasts, fills = step > method.contrast_start, step > method.bank_start
         of_target = takes_target(step, run.total, adaptation.last_steps)
         counted = target_steps(step, run.total, adaptation.last_steps)
-        for _ in run.passes(parts.wrapped):
+        for part in run.passes(parts.wrapped):
             with record_function("data"):
                 labeled: Batch = next(target_batches if of_target else source_batches)
                 unlabeled: Batch = next(unlabeled_batches)
             with record_function("teacher"):
                 guess = guess_labels(parts, unlabeled, config, run)
                 if of_target:
-                    balance.add_labeled(counted, labeled.label)
-                    balance.add_unlabeled(counted, guess[0])
+                    balance.add_labeled(counted, labeled.label, part)
+                    balance.add_unlabeled(counted, guess[0], part)
             with record_function("augmentation"):
                 image, label = labeled_view(labeled, ranges, "weak view" if of_target else "source", config, run)
                 strong, pseudo_label, confidence = unlabeled_views(unlabeled, guess, contrasts, config, run)

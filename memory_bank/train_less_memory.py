@@ -39,11 +39,12 @@ from memory_bank.views import WEAK
 WARM_UP = 1  # of the teacher's decay
 
 
-def labeled_pass(parts: Parts, batch: Batch, half: int, config: Config, run: Run) -> dict[str, Tensor]:
+def labeled_pass(parts: Parts, batch: Batch, part: int, half: int, config: Config, run: Run) -> dict[str, Tensor]:
     """Forward and backward of labeled images.
 
     Args:
         batch: Of the labeled stream.
+        part: Number of this backward pass within the half step, from 0.
         half: Number of this half step, from 0.
 
     Returns:
@@ -51,7 +52,7 @@ def labeled_pass(parts: Parts, batch: Batch, half: int, config: Config, run: Run
     """
     method, step = config.method, half // 2
     contrasts = half > method.contrast_start
-    parts.balance.add_labeled(step, batch.label)
+    parts.balance.add_labeled(step, batch.label, part)
     with record_function("augmentation"):
         image, label = labeled_view(batch, WEAK, "weak view", config, run)
     with record_function("student"):
@@ -68,13 +69,13 @@ def labeled_pass(parts: Parts, batch: Batch, half: int, config: Config, run: Run
     return losses
 
 
-def unlabeled_pass(parts: Parts, batch: Batch, half: int, config: Config, run: Run) -> dict[str, Tensor]:
+def unlabeled_pass(parts: Parts, batch: Batch, part: int, half: int, config: Config, run: Run) -> dict[str, Tensor]:
     """Forward and backward of unlabeled images; arguments and result as `labeled_pass`."""
     method, step = config.method, half // 2
     contrasts = half > method.contrast_start
     with record_function("teacher"):
         guess = guess_labels(parts, batch, config, run)
-        parts.balance.add_unlabeled(step, guess[0])
+        parts.balance.add_unlabeled(step, guess[0], part)
     with record_function("augmentation"):
         image, pseudo_label, confidence = unlabeled_views(batch, guess, contrasts, config, run)
     with record_function("student"):
@@ -116,8 +117,8 @@ def train(config: Config, run: Run) -> None:
         logged = {}
         for half, batches, go in ((2 * step, labeled, labeled_pass), (2 * step + 1, unlabeled, unlabeled_pass)):
             set_lr(parts.optimizer, poly(half, 2 * run.total, optim.poly_power))
-            for index in run.passes(parts.wrapped):
-                losses = go(parts, batches[index], half, config, run)
+            for part in run.passes(parts.wrapped):
+                losses = go(parts, batches[part], part, half, config, run)
             decay = teacher_decay(half, 2 * run.total, method.alpha, WARM_UP)
             learn(parts, losses, decay, half > method.contrast_start, run)
             logged |= losses | {"loss": logged.get("loss", 0.0) + losses["loss"]}

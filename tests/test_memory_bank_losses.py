@@ -129,6 +129,19 @@ def test_class_weights_are_finite_where_most_classes_never_occur():
     assert balance.weights(1).tolist() == [1.0] * CLASSES
 
 
+def test_class_weights_do_not_depend_on_the_parts_a_step_comes_in():
+    whole, parts = ClassBalance(CLASSES, 2, 1), ClassBalance(CLASSES, 2, 1)
+    for step in range(3):  # the last one is not counted among labels, and takes another's place among pseudo-labels
+        label, pseudo_label = torch.randint(CLASSES, (2, 4, 5, 5), generator=torch.Generator().manual_seed(step))
+        whole.add_labeled(step, label)
+        whole.add_unlabeled(step, pseudo_label)
+        for part in range(2):
+            parts.add_labeled(step, label[2 * part : 2 * part + 2], part)
+            parts.add_unlabeled(step, pseudo_label[2 * part : 2 * part + 2], part)
+    assert whole.weights(3).unique().numel() > 1
+    assert parts.weights(3).equal(whole.weights(3))
+
+
 def test_nothing_waits_for_the_device():
     """Meta tensors have no values: reading one would fail."""
     with torch.device("meta"):
