@@ -29,7 +29,7 @@ test: setup
 # Every kill point and every mutated file of every training script, with a table of them: ten minutes for every two of them on two cores, and more.
 stress: setup
 	$(BIN)/python -m pytest tests/stress
-	$(BIN)/python -m pytest --every-script tests/test_launch.py tests/test_mishaps.py tests/test_processes.py tests/test_training.py
+	$(BIN)/python -m pytest --every-script tests/test_launch.py tests/test_failures.py tests/test_processes.py tests/test_training.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -20,10 +20,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from common.datasets.loaders import CropTransform, TrainingImages
+from common.augment.views import CropTransform
 from common.datasets.shapes import CLASSES, make_shapes
 from common.datasets.voc import VOC
 from common.errors import UserError, told
+from common.loaders import TrainingImages
 
 IMAGES = 32
 

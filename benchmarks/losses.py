@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from cac_cps import losses as cac
-from common.devices import check_compiler
+from common.engine.devices import check_compiler
 from common.errors import UserError, told
 from css import losses as css
 from memory_bank import losses as memory_bank

@@ -14,15 +14,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from common import IGNORE
-from common.augment import (
-    Geometry,
-    PhotometricRanges,
-    apply_photometric,
-    draw_photometric,
-    nearest_crop,
-    normalize,
-)
+from common.augment import Geometry, PhotometricRanges, apply_photometric, draw_photometric, nearest_crop
 from common.augment.crops import cut, draw_start, mirror
+from common.images import normalize
 from common.seeding import generators
 
 CELL = 8  # pixels of an image per cell of CAC's feature maps, along a side

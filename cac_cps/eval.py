@@ -1,8 +1,8 @@
 """Evaluate CAC or CPS: `python cac_cps/eval.py [RUN] [-e WHICH] [--network 1|2|both] ...`; see docs/evaluation.md."""
 
+from cac_cps.config import Config, protocol_of
 from cac_cps.released import RELEASE
-from cac_cps.setting import Config, protocol_of
-from common.eval_cli import main_eval
+from common.evaluation.cli import main_eval
 
 if __name__ == "__main__":
     main_eval("cac_cps", Config, protocol_of=protocol_of, second="second", release=RELEASE)

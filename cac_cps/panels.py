@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from cac_cps.config import Config, protocol_of
 from cac_cps.crops import CELL, Pair, augment_views, cut_pair
 from cac_cps.losses import directions
-from cac_cps.setting import Config, pair_crop, protocol_of
-from common.augment import denormalize
-from common.datasets.source import Source
-from common.datasets.splits import Split
+from cac_cps.training import pair_crop
+from common.datasets.reader import Source
+from common.engine.run import Run
 from common.errors import UserError
-from common.evaluation import save_panel, spread
-from common.inference import Protocol, evaluation_mode, predict
-from common.run import Run
+from common.evaluation.evaluate import save_panel, spread
+from common.evaluation.inference import Protocol, evaluation_mode, predict
+from common.images import denormalize
 from common.seeding import generators
+from common.splits.split import Split
 from common.visual import FAINT, GAP, INK, MARGIN, PAGE, TILE, class_entries, colourise, legend
 
 if TYPE_CHECKING:

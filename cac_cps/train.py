@@ -15,28 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from cac_cps.config import Config, protocol_of
 from cac_cps.crops import CELL, Pair, augment_views, overlap_cells
 from cac_cps.losses import context_loss
 from cac_cps.panels import save_pair_panel
-from cac_cps.setting import (
-    Config,
-    check_unlabeled,
-    labeled_images,
-    labeled_input,
-    make_optimizer,
-    pair_crop,
-    protocol_of,
-)
-from cac_cps.their_config import STEPS_PER_EPOCH
-from common.config import ModelConfig, parse
-from common.datasets.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.devices import to_device
+from cac_cps.released import STEPS_PER_EPOCH
+from cac_cps.training import check_unlabeled, labeled_images, labeled_input, make_optimizer, pair_crop
+from common.config import parse
+from common.config.sections import ModelConfig
+from common.engine.run import Run
 from common.errors import UserError, told
-from common.evaluation import evaluate_run
+from common.evaluation.evaluate import evaluate_run
+from common.images import to_device
+from common.loaders import Batch, StepBatches, TrainingImages, open_data
 from common.losses import cross_entropy, upsample
 from common.models import build_network
-from common.run import Run
-from common.schedules import poly, set_lr
+from common.optim import poly, set_lr
 
 EPOCHS = 80  # of the released runs
 EMPTY = 255

@@ -10,29 +10,28 @@ cac_cps/README.md for every departure from the released code, hardware and resul
 
 from torch.profiler import record_function
 
+from cac_cps.config import Config, cps_weight, protocol_of
 from cac_cps.losses import cross_pseudo_loss, pseudo_label
 from cac_cps.panels import save_disagreement_panel
-from cac_cps.setting import (
-    Config,
+from cac_cps.released import STEPS_PER_EPOCH
+from cac_cps.training import (
     check_unlabeled,
-    cps_weight,
     labeled_images,
     labeled_input,
     labeled_loss,
     make_optimizer,
-    protocol_of,
     unlabeled_images,
 )
-from cac_cps.their_config import STEPS_PER_EPOCH
-from common.augment import mix, normalize, toggled_masks
+from common.augment import mix, toggled_masks
 from common.config import parse
-from common.datasets.loaders import Batch, StepBatches, open_data
+from common.engine.run import Run
 from common.errors import told
-from common.evaluation import evaluate_run
+from common.evaluation.evaluate import evaluate_run
+from common.images import normalize
+from common.loaders import Batch, StepBatches, open_data
 from common.losses import upsample
 from common.models.two_networks import TwoNetworks, predict_mixture
-from common.run import Run
-from common.schedules import poly, set_lr
+from common.optim import poly, set_lr
 from common.seeding import generators
 
 

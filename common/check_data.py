@@ -26,12 +26,14 @@ from rich.progress import track
 from rich.table import Table
 
 from common import IGNORE
-from common.config import DataConfig, SharedConfig, let_given_lists_win, load_config, seed_split, to_dict
-from common.config_files import Translation, flatten
+from common.config import load_config, to_dict
+from common.config.files import Translation, flatten
+from common.config.parsing import let_given_lists_win, seed_split
+from common.config.sections import DataConfig, SharedConfig
 from common.datasets import Source, open_source
-from common.datasets.published import said_of
-from common.datasets.splits import Split, split_of
 from common.errors import UserError
+from common.splits.published import said_of
+from common.splits.split import Split, split_of
 
 SHOWN_FAULTS = 5
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,16 +176,16 @@ def _say(console: Console, line: str) -> None:
 def translate(text: str) -> Translation | None:
     """A config file that any paper's repository released, in our words; None where `text` is none.
 
-    Papers are asked by the file that each keeps for this, `their_config.py`: none is named here.
+    Papers are asked by the file that each keeps for this, `released.py`: none is named here.
 
     Raises:
         UserError: those that know the kind of file do not know what is in it; each is named with what it lacks.
     """
     wrong: dict[str, list[str]] = {}
-    for path in sorted(ROOT.glob("*/their_config.py")):
+    for path in sorted(ROOT.glob("*/released.py")):
         paper = path.parent.name
         try:
-            found = importlib.import_module(f"{paper}.their_config").translate(text)
+            found = importlib.import_module(f"{paper}.released").translate(text)
         except UserError as error:  # the releases of two papers have files of one kind
             wrong.setdefault(str(error), []).append(paper)
             continue

@@ -1,12 +1,13 @@
 """The optimizer of a config's `optim` section."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from common.config import OptimConfig
+from common.config.sections import OptimConfig
 
 
 def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
@@ -36,3 +37,27 @@ def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.o
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def poly(step: int, total: int, power: float = 0.9, floor: float = 0.0) -> float:
+    """Factor of the polynomial decay (1 - step / total) ** power, never below `floor`."""
+    return max(max(1.0 - step / total, 0.0) ** power, floor)
+
+
+def exponential_ramp(time: float, begin: float, end: float, max_value: float, min_value: float, mult: float) -> float:
+    """Ramp max_value * exp(mult * t ** 2), t = 0..1 between `begin` and `end`; never below `min_value`.
+
+    0 before `begin` (raised to `min_value`), `min_value` from `end` on (PRCL, section "Training").
+    """
+    if time >= end:
+        return min_value
+    if time < begin:
+        return max(0.0, min_value)
+    progress = (time - begin) / (end - begin)
+    return max(max_value * math.exp(mult * progress**2), min_value)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float, floor: float = 0.0) -> None:
+    """Set each group's rate to its own first rate times `factor`, never below `floor` (unless it starts there)."""
+    for group in optimizer.param_groups:
+        group["lr"] = max(group["initial_lr"] * factor, min(floor, group["initial_lr"]))

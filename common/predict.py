@@ -21,18 +21,19 @@ from accelerate import Accelerator
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from common.config import ModelConfig, RunConfig, load_config
+from common.config import load_config
+from common.config.sections import ModelConfig, RunConfig
 from common.datasets.folder import IMAGE_SUFFIXES
-from common.datasets.source import picture_size, read_picture
-from common.devices import accelerator_on
+from common.datasets.reader import picture_size, read_picture
+from common.engine.devices import accelerator_on
 from common.errors import OUT_OF_MEMORY, UserError, told
-from common.eval_cli import protocol_from
-from common.export import export_network
-from common.inference import Protocol, predict
+from common.evaluation.cli import protocol_from
+from common.evaluation.export import export_network
+from common.evaluation.inference import Protocol, predict
+from common.evaluation.metainfo import plain_usage, read_usage
+from common.evaluation.selection import Target, find_targets
 from common.models import build_network
 from common.models.weights import load_state, read_state
-from common.targets import Target, find_targets
-from common.usage import plain_usage, read_usage
 from common.visual import overlay, save_label
 
 KINDS = ("overlay", "mask", "probability")

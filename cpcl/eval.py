@@ -1,6 +1,6 @@
 """Evaluate CPCL: `python cpcl/eval.py [RUN] [-e WHICH] [-s] [--network 1|2|both] ...`; see docs/evaluation.md."""
 
-from common.eval_cli import main_eval
+from common.evaluation.cli import main_eval
 from cpcl.released import RELEASE
 from cpcl.train import Config, protocol_of
 

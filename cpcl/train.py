@@ -16,20 +16,21 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 from torch import Tensor
 from torch.profiler import record_function
 
-from common.augment import ScaleChoiceCrop, mix, normalize, toggled_masks
-from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
-from common.datasets.loaders import Batch, StepBatches, TrainingImages, open_data
+from common.augment import ScaleChoiceCrop, mix, toggled_masks
+from common.config import parse
+from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
+from common.engine.run import Run
 from common.errors import UserError, told
-from common.evaluation import evaluate_run, save_panel
-from common.inference import Protocol, sum_logits
+from common.evaluation.evaluate import evaluate_run, save_panel
+from common.evaluation.inference import Protocol, sum_logits
+from common.images import normalize
+from common.loaders import Batch, StepBatches, TrainingImages, open_data
 from common.losses import cross_entropy, ohem_cross_entropy, upsample
 from common.models.two_networks import TwoNetworks, predict_mixture
-from common.optim import build_optimizer, decay_groups
-from common.run import Run
-from common.schedules import poly, set_lr
+from common.optim import build_optimizer, decay_groups, poly, set_lr
 from common.seeding import generators
 from cpcl.losses import Prediction, count_pairs, disagreement, intersect, predict_pixels, reweighted_loss, unite
-from cpcl.their_config import translate
+from cpcl.released import translate
 
 BEYOND = 1  # pixels that a crop may reach beyond its image, as released
 

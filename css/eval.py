@@ -1,6 +1,6 @@
 """Evaluate CSS's teacher: `python css/eval.py [RUN] [-e WHICH] ...`; see docs/evaluation.md."""
 
-from common.eval_cli import main_eval
+from common.evaluation.cli import main_eval
 from css.released import RELEASE
 from css.train import Config
 

@@ -6,12 +6,12 @@ docs/evaluation.md.
 Network and preprocessing are those of the run, or of the config that a released checkpoint holds.
 """
 
-from common.eval_cli import main_eval
-from common.models.weights import MEMORY_BANK_HEADS, UNREACHED
-from common.release import Release
-from memory_bank.released import segmenter_of
-from memory_bank.setting import Config, protocol_of
-from memory_bank.their_config import config_in
+from common.evaluation.cli import main_eval
+from common.evaluation.released_checkpoints import Release
+from common.models.weights import UNREACHED
+from common.released.weights import MEMORY_BANK_HEADS
+from memory_bank.config import Config, protocol_of
+from memory_bank.released import config_in, segmenter_of
 
 # DeepLabV2's weights do not tell what they were pretrained on, which its preprocessing hangs on: their config does.
 RELEASE = Release(

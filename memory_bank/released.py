@@ -2,12 +2,18 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.config.files import Translation, flatten, read_commented_json
 from common.errors import UserError
-from common.models.weights import deeplab_from_memory_bank
+from common.models.weights import read_torch
+from common.released.configs import Rule, Settings, only, same, translate_keys
+from common.released.weights import deeplab_from_memory_bank
 
 # Prefixes of the two heads' keys, released -> ours.
 HEADS = {
@@ -63,5 +69,185 @@ def heads_from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def segmenter_of(state: Mapping[str, Tensor], network: int) -> dict[str, Tensor]:
-    """The segmenter of a released checkpoint, as `common.eval_cli` asks for it; there is one network."""
+    """The segmenter of a released checkpoint, as `common.evaluation.cli` asks for it; there is one network."""
     return deeplab_from_memory_bank(state)
+
+
+COCO_WEIGHTS = "data/resnet101COCO-41f33a49.pth"
+# What follows from the dataset alone; of the roots the first that is there counts, ours before the release's.
+DATASETS: dict[str, Settings] = {
+    "cityscapes": {
+        "data.dataset": "cityscapes",
+        "data.root": ("data/cityscapes", "../data/CityScapes", "../data/Cityscapes"),
+        "data.order_dir": "splits/city",
+        "model.num_classes": 19,
+        "method.class_balance": True,
+    },
+    "pascal_voc": {
+        "data.dataset": "voc",
+        "data.root": ("data/VOCdevkit/VOC2012", "../data/VOC2012"),
+        "data.order_dir": "splits/voc",
+        "model.num_classes": 21,
+        "method.bank_rows_factor": 7.0,
+        "method.mix_background": False,
+    },
+}
+# What the release does for every config.
+ALWAYS: Settings = {"data.scale_range": [1.0, 1.0], "optim.nesterov": False}
+
+# Their keys that have the same meaning here.
+SAME = {
+    "training.batch_size": "optim.batch_size",
+    "training.num_workers": "data.workers",
+    "training.momentum": "optim.momentum",
+    "training.weight_decay": "optim.weight_decay",
+    "training.num_iterations": "run.steps",
+    "training.learning_rate": "optim.lr",
+    "training.lr_schedule_power": "optim.poly_power",
+    "training.use_teacher_train": "method.use_teacher_train",
+    "training.save_teacher_test": "method.save_teacher_test",
+    "training.data.split_id_list": "data.split_id",
+    "training.data.labeled_samples": "data.labeled_samples",
+    "seed": "run.seed",
+    "utils.val_per_iter": "run.eval_every",
+}
+# Keys with a single value, and what it means here.
+ONLY = {
+    "model": ("deeplab", "`version` says which"),
+    "training.optimizer": ("sgd", "the default of optim.name"),
+    "training.lr_schedule": ("poly", "the only schedule"),
+}
+REQUIRED = (
+    "version",
+    "dataset",
+    "training.batch_size",
+    "training.num_iterations",
+    "training.learning_rate",
+    "training.pretraining",
+    "training.data.split_id_list",
+    "training.data.labeled_samples",
+    "training.data.input_size",
+)
+
+
+def translate(text: str) -> Translation | None:
+    """A config file of the release in our words; None where `text` is something else.
+
+    Raises:
+        UserError: see `translate_values`.
+    """
+    try:
+        values = read_commented_json(text)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or not isinstance(values.get("training"), dict) or "run" in values:
+        return None
+    return translate_values(values)
+
+
+def translate_values(values: Mapping[str, Any]) -> Translation:
+    """A config of the release in our words.
+
+    Args:
+        values: As its JSON files have them.
+
+    Raises:
+        UserError: a key that the release does not have, one that is missing, or a value that it does not know.
+    """
+    flat = flatten(dict(values))
+    translation = translate_keys(flat, KEYS, REQUIRED, ALWAYS, "memory bank's release")
+    folder = flat.get("utils.checkpoint_dir")
+    return translation if folder is None else replace(translation, runs=str(folder))
+
+
+def config_in(file: Path) -> Translation | None:
+    """The config that a checkpoint of the release holds, in our words; None where it holds none.
+
+    The backbone is that of the weights: the release trains DeepLabV3+ with a ResNet-50, for domain adaptation with a
+    ResNet-101.
+
+    Raises:
+        UserError: see `translate_values`; a file that is no checkpoint.
+    """
+    stored = read_torch(file) if file.suffix != ".safetensors" else None
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("config"), Mapping):
+        return None
+    translation = translate_values(stored["config"])
+    deep = any(key.startswith("layer3.22.") for key in stored.get("model", ()))
+    translation.values["model"]["backbone"] = "resnet101" if deep else "resnet50"
+    return translation
+
+
+def _dataset(key: str, flat: Settings) -> Settings:
+    settings = dict(DATASETS[_dataset_name(flat)])
+    places = settings["data.root"]
+    return settings | {"data.root": next((place for place in places if Path(place).is_dir()), places[0])}
+
+
+def _dataset_name(flat: Settings) -> str:
+    name = "pascal_voc" if flat["dataset"] == "pascal" else flat["dataset"]
+    if name not in DATASETS:
+        raise UserError(f"dataset is {name!r}; the release knows cityscapes and pascal_voc (also called pascal)")
+    return name
+
+
+def _version(key: str, flat: Settings) -> Settings:
+    """DeepLabV2's head depends on the pretraining; on Cityscapes it is trained and evaluated at half size."""
+    if _is_v2(flat):
+        half = {"method.half_size": True} if _dataset_name(flat) == "cityscapes" else {}
+        head = "v2_coco" if _is_coco(flat) else "v2"
+        return {"model.backbone": "resnet101", "model.head": head, "model.output_stride": 8} | half
+    return {"model.backbone": "resnet50", "model.head": "v3", "model.output_stride": 16}
+
+
+def _is_v2(flat: Settings) -> bool:
+    version = str(flat["version"])
+    if version not in ("2", "3"):
+        raise UserError(f"version is {version!r}; the release knows 2 (DeepLabV2) and 3 (DeepLabV3+)")
+    return version == "2"
+
+
+def _pretraining(key: str, flat: Settings) -> Settings:
+    settings: Settings = {"model.input_mean": list(MEANS[_dataset_name(flat)])}
+    if not _is_coco(flat):
+        return settings | {"model.pretrained": True}
+    if not _is_v2(flat):
+        raise UserError(f"{key} is COCO with version 3; the weights from COCO are of DeepLabV2 (version 2)")
+    return settings | {"model.pretrained": COCO_WEIGHTS, "model.bgr": True}
+
+
+def _is_coco(flat: Settings) -> bool:
+    name = flat["training.pretraining"]
+    if name not in ("COCO", "imagenet"):
+        raise UserError(f"training.pretraining is {name!r}; the release knows COCO and imagenet")
+    return name == "COCO"
+
+
+def _input_size(key: str, flat: Settings) -> Settings:
+    try:
+        height, width = (int(side) for side in str(flat[key]).strip("()[]").split(","))
+    except ValueError:
+        raise UserError(f'{key} is {flat[key]!r}; give height and width of a crop, "512,512"') from None
+    return {"data.crop_size": [height, width]}
+
+
+def _save_every(key: str, flat: Settings) -> Settings | str:
+    """The released configs save nothing before the end; a run that is to be continued needs more than that."""
+    steps, length = flat[key], flat["training.num_iterations"]
+    if isinstance(steps, int) and isinstance(length, int) and steps > length:
+        return "ignored, longer than the run: run.save_every is run.eval_every"
+    return {"run.save_every": steps}
+
+
+KEYS: dict[str, Rule] = {
+    **same(SAME),
+    **only(ONLY),
+    "dataset": _dataset,
+    "version": _version,
+    "training.pretraining": _pretraining,
+    "training.data.input_size": _input_size,
+    "ignore_label": lambda key, flat: "ignored: ignored pixels are 255 here, whatever the files hold",
+    "utils.save_checkpoint_every": _save_every,
+    "utils.checkpoint_dir": lambda key, flat: f"run.dir {flat[key]}/<name of the config file>",
+    "utils.save_best_model": lambda key, flat: "ignored: the best checkpoint is always kept",
+}

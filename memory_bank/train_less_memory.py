@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from common.config import parse
-from common.datasets.loaders import Batch, StepBatches, open_data
+from common.engine.run import Run
 from common.errors import told
-from common.run import Run
-from common.schedules import poly, set_lr
+from common.loaders import Batch, StepBatches, open_data
+from common.optim import poly, set_lr
+from memory_bank.augment import WEAK
+from memory_bank.config import Config
 from memory_bank.losses import teacher_decay
-from memory_bank.parts import (
+from memory_bank.training import (
     Parts,
     assemble,
     bank_filled,
@@ -29,12 +31,11 @@ from memory_bank.parts import (
     labeled_view,
     learn,
     take_stock,
+    unlabeled_share,
     unlabeled_terms,
     unlabeled_views,
     with_total,
 )
-from memory_bank.setting import Config, unlabeled_share
-from memory_bank.views import WEAK
 
 WARM_UP = 1  # of the teacher's decay
 

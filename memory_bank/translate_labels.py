@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from common.datasets.gta5 import Color, class_ids
-from common.datasets.source import open_label
+from common.datasets.reader import open_label
 from common.errors import UserError, told
 
 SHOWN = 5

@@ -1,6 +1,6 @@
 """Evaluate PRCL's teacher: `python prcl/eval.py [RUN] [-e WHICH] ...`; see docs/evaluation.md."""
 
-from common.eval_cli import main_eval
+from common.evaluation.cli import main_eval
 from prcl.released import RELEASE
 from prcl.train import Config
 

@@ -19,26 +19,22 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from common.augment import (
-    apply_geometry_batch,
-    draw_geometry,
-    mix_batch,
-    normalize,
-    recolor_and_flip,
-)
-from common.config import DataConfig, ModelConfig, NonPositiveFloat, OptimConfig, RunConfig, parse
-from common.datasets.loaders import Batch, CropTransform, StepBatches, TrainingImages, labeled_view, open_data
-from common.ema import make_teacher, update_teacher
+from common.augment import apply_geometry_batch, draw_geometry, mix_batch, recolor_and_flip
+from common.augment.views import CropTransform, labeled_view
+from common.config import parse
+from common.config.sections import DataConfig, ModelConfig, NonPositiveFloat, OptimConfig, RunConfig
+from common.engine.run import Run
 from common.errors import told
-from common.evaluation import evaluate_run, save_panel
+from common.evaluation.evaluate import evaluate_run, save_panel
+from common.images import normalize
+from common.loaders import Batch, StepBatches, TrainingImages, open_data
 from common.losses import cross_entropy, upsample
+from common.mean_teacher import ema_decay, make_teacher, update_teacher
 from common.models import build_network, conv_head
-from common.optim import build_optimizer
-from common.run import Run
-from common.schedules import ema_decay, exponential_ramp, poly, set_lr
+from common.optim import build_optimizer, exponential_ramp, poly, set_lr
 from common.seeding import generators
 from prcl.losses import contrastive_labels, contrastive_loss, prototypes, sample, unsupervised_loss
-from prcl.their_config import translate
+from prcl.released import translate
 
 LR_FLOOR = 1e-6  # of the released schedule
 BOUND = 1e-3  # a variance this near to 0 or 1 hardly moves any more: the sigmoid is flat there
@@ -276,7 +272,7 @@ def train(config: Config, run: Run) -> None:
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = pseudo_labels(teacher, weak_image, run)
             with record_function("augmentation"):
-                labeled_image, label = labeled_view(labeled, config.run.seed)
+                labeled_image, label = labeled_view(labeled.image, labeled.label, labeled.positions, config.run.seed)
                 image, pseudo_label, confidence = augment_unlabeled(
                     weak_image, weak_label, weak_confidence, unlabeled.positions, config, run
                 )

@@ -3,7 +3,7 @@
     python splits/adopt.py published/PRCL/VOC_split/662/3407 --out splits/voc/662/3407
 
 PATH is what a paper published: a folder, a labeled list beside its unlabeled one, or an order of images
-(`split_<id>.pkl`, with --labels); common/datasets/lists.py says what is known. The ids are compared with the checksums
+(`split_<id>.pkl`, with --labels); common/splits/lists.py says what is known. The ids are compared with the checksums
 in splits/published.json: lists at a published split's own path that differ from it are refused, others are told by name
 or as none. With --out the split is written there, as labeled_, unlabeled_ and valid_filename.txt.
 
@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import DataConfig
+from common.config.sections import DataConfig
 from common.datasets import open_source
-from common.datasets.lists import KINDS, find_lists, published_id, read_ids
-from common.datasets.orders import read_order
-from common.datasets.published import TEST_LIST, checksum, commands, entry_at, record, said_of, same_as
-from common.datasets.source import Source
-from common.datasets.splits import Split, write_split
+from common.datasets.reader import Source
 from common.errors import UserError, told
+from common.splits.lists import KINDS, find_lists, published_id, read_ids
+from common.splits.orders import read_order
+from common.splits.published import TEST_LIST, checksum, commands, entry_at, record, said_of, same_as
+from common.splits.split import Split, write_split
 
 NEEDS_DATASET = "give the dataset with --dataset and --data-root"
 

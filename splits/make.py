@@ -26,11 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import DataConfig
+from common.config.sections import DataConfig
 from common.datasets import open_source
 from common.datasets.folder import Folder
-from common.datasets.source import Source, read_lines
-from common.datasets.splits import (
+from common.datasets.reader import Source, read_lines
+from common.errors import UserError, told
+from common.splits.split import (
     candidates,
     choose_class_covering,
     choose_every,
@@ -39,7 +40,6 @@ from common.datasets.splits import (
     complete,
     write_split,
 )
-from common.errors import UserError, told
 
 METHOD_HELP = "class-covering by default for the built-in data, else random"
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.datasets.lists import find_lists, published_id, read_ids
-from common.datasets.orders import read_order
-from common.datasets.published import SAME_LIST, SHARED_ID, TEST_LIST, checksum
 from common.errors import UserError, told
+from common.splits.lists import find_lists, published_id, read_ids
+from common.splits.orders import read_order
+from common.splits.published import SAME_LIST, SHARED_ID, TEST_LIST, checksum
 
 RECORD = Path(__file__).parent / "published.json"
 

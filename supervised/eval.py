@@ -1,6 +1,6 @@
 """Evaluate a baseline: `python supervised/eval.py [RUN] [-e WHICH] ...`; see docs/evaluation.md."""
 
-from common.eval_cli import main_eval
+from common.evaluation.cli import main_eval
 from supervised.train import Config
 
 if __name__ == "__main__":

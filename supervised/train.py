@@ -12,17 +12,18 @@ from typing import Literal, Optional
 
 from torch.profiler import record_function
 
-from common.augment import normalize
-from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig, parse
+from common.augment.views import CropTransform, labeled_view
+from common.config import parse
+from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets import open_second
-from common.datasets.loaders import CropTransform, StepBatches, TrainingImages, labeled_view, open_data
+from common.engine.run import Run
 from common.errors import told
-from common.evaluation import evaluate_run, save_panel
+from common.evaluation.evaluate import evaluate_run, save_panel
+from common.images import normalize
+from common.loaders import StepBatches, TrainingImages, open_data
 from common.losses import cross_entropy, upsample
 from common.models import build_network
-from common.optim import build_optimizer
-from common.run import Run
-from common.schedules import poly, set_lr
+from common.optim import build_optimizer, poly, set_lr
 
 
 @dataclass
@@ -90,7 +91,7 @@ def train(config: Config, run: Run) -> None:
             with record_function("data"):
                 batch = next(batches)
             with record_function("augmentation"):
-                image, label = labeled_view(batch, config.run.seed)
+                image, label = labeled_view(batch.image, batch.label, batch.positions, config.run.seed)
             with record_function("student"):
                 logits = wrapped(normalize(image))
             with record_function("losses"):

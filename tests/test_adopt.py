@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.config import DataConfig
+from common.config.sections import DataConfig
 from common.datasets import open_source
-from common.datasets.lists import find_lists, published_id
-from common.datasets.published import checksum, commands, record, said_of
-from common.datasets.splits import Split, read_split, split_of
 from common.errors import UserError
+from common.splits.lists import find_lists, published_id
+from common.splits.published import checksum, commands, record, said_of
+from common.splits.split import Split, read_split, split_of
 from splits.adopt import main as adopt
 from splits.record import RECORD, Splits, as_text, record_of
 
@@ -158,7 +158,7 @@ def recorded(tmp_path, monkeypatch):
     entry = {kind: {"count": len(ids), "sha256": checksum(ids)} for kind, ids in names.items()}
     entry |= {"name": "CAC/lists/4", "dataset": "voc", "place": "splits/there/4", "defects": ["one shared id"]}
     found = {"repositories": {"CAC": "https://example.org/cac"}, "lists": [], "splits": [entry]}
-    monkeypatch.setattr("common.datasets.published.record", lambda: found)
+    monkeypatch.setattr("common.splits.published.record", lambda: found)
     return path
 
 

@@ -12,17 +12,16 @@ from common.augment import (
     apply_geometry_batch,
     apply_photometric,
     apply_photometric_batch,
-    denormalize,
     draw_flip,
     draw_geometry,
     draw_photometric,
     flip,
     flip_batch,
     mix_batch,
-    normalize,
 )
 from common.augment.mixing import box_mask, class_mask, draw_box, draw_class_keys
 from common.errors import UserError
+from common.images import denormalize, normalize
 
 CPU = torch.device("cpu")
 ALL_CHANGES = Photometric((("hue", 0.2), ("contrast", 0.8), ("saturation", 1.2), ("brightness", 1.1)), 0.9)

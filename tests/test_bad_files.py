@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from common.datasets.voc import CLASSES
-from tests.killing import metrics
+from tests.helpers.kill_runs import metrics
 from tests.test_training import refused, train
 
 SCRIPT = "supervised/train.py"

@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cac_cps.config import Config
 from cac_cps.crops import draw_size
 from cac_cps.panels import COMMON, save_pair_panel
-from cac_cps.setting import Config
 from cac_cps.train import CACNetwork, first_contrastive_step
 from common.config import load_config
 from common.datasets import open_source
 from common.datasets.shapes import make_shapes
-from common.datasets.splits import Split, read_split
 from common.errors import UserError
-from common.eval_cli import main_eval
+from common.evaluation.cli import main_eval
+from common.splits.split import Split, read_split
 from common.visual import MARGIN, TILE
-from tests.killing import metrics
+from tests.helpers.kill_runs import metrics
 from tests.test_processes import torchrun
 
 SCRIPTS = ("train", "train_semiseg", "train_semiseg_cutmix")
@@ -61,7 +61,7 @@ BANK = """
 import sys, torch
 from cac_cps import train
 from common.config import parse
-from common.run import Run
+from common.engine.run import Run
 made = []
 class Kept(train.Bank):
     def __init__(self, *sizes):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from cac_cps import losses
 from cac_cps.losses import context_loss, cross_pseudo_loss, directional_loss, directions, pseudo_label
 from cac_cps.train import Bank
-from common.guard import Buffers
+from common.engine.finite import Buffers
 
 CLASSES, DIMS, TEMP = 5, 8, 0.1
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from common.check_data import main
-from common.datasets.splits import Split, write_split
+from common.splits.split import Split, write_split
 from tests.test_memory_bank_configs import DESCRIBED
-from tests.test_their_configs import CAC, CPCL, CSS, PRCL
+from tests.test_released_configs import CAC, CPCL, CSS, PRCL
 
 
 @pytest.fixture

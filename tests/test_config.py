@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.accuracy import command
 from common.config import load_config, parse, to_dict
-from common.config_files import flatten
+from common.config.files import flatten
 from common.errors import UserError
 from prcl.train import Config
 

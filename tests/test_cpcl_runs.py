@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from common.config import load_config
 from common.datasets.shapes import make_shapes
-from common.models.weights import CPS
+from common.released.weights import CPS
 from cpcl.train import Config, main
-from tests.killing import metrics
+from tests.helpers.kill_runs import metrics
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "cpcl/train.py"

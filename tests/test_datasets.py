@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from common.config import DataConfig
+from common.config.sections import DataConfig
 from common.datasets import cityscapes, gta5, open_source
 from common.datasets.cityscapes import Cityscapes
 from common.datasets.folder import Folder
 from common.datasets.gta5 import GTA5
+from common.datasets.reader import voc_palette
 from common.datasets.shapes import make_shapes
-from common.datasets.source import voc_palette
 from common.datasets.voc import VOC
 from common.errors import UserError
 

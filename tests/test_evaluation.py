@@ -18,16 +18,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from common import checkpoints
-from common.config import DataConfig, ModelConfig, RunConfig
+from common.config.sections import DataConfig, ModelConfig, RunConfig
 from common.datasets import open_source
-from common.devices import launch_command, parse_devices
+from common.engine import checkpoints
+from common.engine.devices import launch_command, parse_devices
 from common.errors import UserError
-from common.eval_cli import main_eval
-from common.evaluation import evaluate, sample_predictions
-from common.inference import Protocol, predict
+from common.evaluation.cli import main_eval
+from common.evaluation.evaluate import evaluate, sample_predictions
+from common.evaluation.inference import Protocol, predict
+from common.evaluation.selection import find_run, find_targets
 from common.models import build_network
-from common.targets import find_run, find_targets
 
 SIZES = {"a": (20, 30), "b": (24, 18), "c": (20, 30), "d": (20, 30), "e": (24, 18)}
 MODEL = {"backbone": "resnet18", "num_classes": 3, "pretrained": True}
@@ -304,7 +304,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile_is_left_out_of_a_range(run, tmp_p
         shutil.rmtree(checkpoints.step_folder(tmp_path / "run" / "checkpoints", 30), ignore_errors=True)
         return evaluate(*arguments, **named)
 
-    monkeypatch.setattr("common.eval_cli.evaluate", evaluate_and_prune)
+    monkeypatch.setattr("common.evaluation.cli.evaluate", evaluate_and_prune)
     main_eval("toy", Config, [str(tmp_path / "run"), "-e", "0-9", "-d", "cpu"])
     assert "note: left out" in capsys.readouterr().out
     content = json.loads((tmp_path / "run" / "eval" / "0-9.json").read_text())
@@ -369,7 +369,7 @@ from accelerate import Accelerator
 from common.config import DataConfig, ModelConfig, RunConfig, load_config
 from common.datasets import open_source
 from common.evaluation import evaluate
-from common.eval_cli import main_eval
+from common.evaluation.cli import main_eval
 from common.models import build_network
 from common.models.weights import read_state
 

@@ -1,6 +1,6 @@
 """A share of the mutated configs and files of `make stress`: each ends well or in a told error."""
 
-from tests.fuzz import fuzz_configs, fuzz_data
+from tests.helpers.fuzz import fuzz_configs, fuzz_data
 
 
 def test_mutated_configs_end_well_or_in_a_told_error(some_script, tiny, tmp_path, monkeypatch, capsys):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.augment import normalize
 from common.errors import UserError
-from common.inference import Protocol, evaluation_mode, predict, sum_logits
+from common.evaluation.inference import Protocol, evaluation_mode, predict, sum_logits
+from common.images import normalize
 
 
 class Toy(nn.Module):

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.config import config_of, parse, to_dict
-from common.config_files import flatten
+from common.config.files import flatten
 from common.errors import UserError
 from common.models import build_network
-from common.models.weights import MEMORY_BANK
+from common.released.weights import MEMORY_BANK
 from memory_bank import train
-from memory_bank.setting import Config, protocol_of
-from memory_bank.their_config import config_in, translate
+from memory_bank.config import Config, protocol_of
+from memory_bank.released import config_in, translate
 from tests.conftest import SCRIPTS, flags, method_flags
 
 CONFIGS = Path(__file__).parent.parent / "memory_bank" / "configs"

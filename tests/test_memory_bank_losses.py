@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import IGNORE
+from memory_bank.augment import STRONG, Choice, draw_choice, rescale, view
 from memory_bank.bank import Bank, correct_and_confident
 from memory_bank.heads import BLOCK, SLOPE, Head, RowNorm, Selectors
 from memory_bank.losses import ClassBalance, contrastive_loss, entropy_loss, pseudo_label_loss, supervised_loss
-from memory_bank.views import STRONG, Choice, draw_choice, rescale, view
 
 CLASSES, DIMS, SIZE = 4, 8, 6
 

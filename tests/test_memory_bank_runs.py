@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from common.datasets.gta5 import GTA5
 from common.datasets.shapes import make_shapes
 from common.metrics import Scores
-from memory_bank import parts, train, train_domain_adaptation, translate_labels
+from memory_bank import train, train_domain_adaptation, translate_labels
+from memory_bank import training as parts
 from memory_bank.train_domain_adaptation import takes_target, target_steps
-from tests.killing import assert_same_run, metrics
+from tests.helpers.kill_runs import assert_same_run, metrics
 
 SCRIPT, ADAPTATION = "memory_bank/train.py", "memory_bank/train_domain_adaptation.py"
 

@@ -7,12 +7,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common.config import ModelConfig
+from common.config.sections import ModelConfig
 from common.errors import UserError
 from common.models import DeepLabV3Plus, build_network
 from common.models import resnet as resnet_module
 from common.models.deeplab import conv_head
-from common.models.weights import deeplab_from_prcl_css, load_state, read_state
+from common.models.weights import load_state, read_state
+from common.released.weights import deeplab_from_prcl_css
 
 
 def model_config(**changes) -> ModelConfig:

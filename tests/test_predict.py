@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common import checkpoints
-from common.config import DataConfig, ModelConfig
-from common.datasets.source import read_picture, voc_palette
+from common.config.sections import DataConfig, ModelConfig
+from common.datasets.reader import read_picture, voc_palette
+from common.engine import checkpoints
 from common.errors import UserError
-from common.export import SMALLEST, Deployed, export_network
-from common.inference import Protocol, predict
+from common.evaluation.export import SMALLEST, Deployed, export_network
+from common.evaluation.inference import Protocol, predict
+from common.evaluation.metainfo import Usage, plain_usage, read_usage, write_usage
 from common.models import build_network
 from common.predict import main
-from common.usage import Usage, plain_usage, read_usage, write_usage
 
 MODEL = ModelConfig(3, "resnet18", channels=8, pretrained=False)
 SIZES = {"a": (40, 52), "sub/b": (40, 52), "c": (3, 70), "grey": (33, 20)}

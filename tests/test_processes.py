@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.datasets.loaders import CropTransform, StepBatches, TrainingImages
+from common.augment.views import CropTransform
 from common.datasets.shapes import CLASSES
 from common.datasets.voc import VOC
-from tests.children import start, start_two
+from common.loaders import StepBatches, TrainingImages
 from tests.conftest import SCRIPTS, method_flags
-from tests.killing import same
-from tests.watching import record
+from tests.helpers.hooks import record
+from tests.helpers.kill_runs import same
+from tests.helpers.subprocess_runs import start, start_two
 
 STEPS = 3
 FOUR = ["--optim.batch_size", "4"]
@@ -95,7 +96,7 @@ def test_every_pass_shows_every_image_once_in_another_order_and_augmentation(sha
 AUGMENT = """
 import importlib, sys, torch
 from common.config import parse
-from common.run import Run
+from common.engine.run import Run
 out, paper, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
 train = importlib.import_module(f"{paper}.train")
 with Run(parse(train.Config, f"{paper}/train.py", arguments), f"{paper}/train.py") as run:
@@ -129,7 +130,7 @@ PROTOTYPES = """
 import sys, torch
 from functools import partial
 from common.config import parse
-from common.run import Run
+from common.engine.run import Run
 from css.losses import Prototypes
 from css.train import Config
 with Run(parse(Config, "css/train.py", sys.argv[2:]), "css/train.py") as run:

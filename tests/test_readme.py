@@ -16,8 +16,8 @@ import pytest
 
 from common.datasets.cityscapes import Cityscapes
 from common.datasets.shapes import make_shapes
-from common.datasets.splits import Split, write_split
 from common.datasets.voc import VOC
+from common.splits.split import Split, write_split
 from tests.conftest import SCRIPTS, method_flags
 
 ROOT = Path(__file__).parent.parent
@@ -217,7 +217,7 @@ def test_command(command, project, monkeypatch, capsys):
     if arguments[0].endswith("accuracy.py") and "--show" not in arguments:
         arguments.append("--show")  # running a table takes an hour
     if arguments[0] == "splits/adopt.py":  # lists of the small data differ from those published under their names
-        monkeypatch.setattr("common.datasets.published.record", lambda: {"lists": [], "splits": []})
+        monkeypatch.setattr("common.splits.published.record", lambda: {"lists": [], "splits": []})
         if "--out" in arguments:  # a split made for a config of the same name
             shutil.rmtree(project / arguments[arguments.index("--out") + 1], ignore_errors=True)
     run_here(shortened(arguments), project, monkeypatch)

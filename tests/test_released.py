@@ -15,12 +15,13 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
-from common.config import ModelConfig
-from common.eval_cli import main_eval
+from common.config.sections import ModelConfig
+from common.evaluation.cli import main_eval
+from common.evaluation.metainfo import read_usage
 from common.models import build_network
-from common.models.weights import CAC, CPS, MEMORY_BANK, PRCL_CSS, UNREACHED, read_state
+from common.models.weights import UNREACHED, read_state
 from common.predict import main as predict_main
-from common.usage import read_usage
+from common.released.weights import CAC, CPS, MEMORY_BANK, PRCL_CSS
 from memory_bank.eval import RELEASE
 from tests.conftest import ROOT
 

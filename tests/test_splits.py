@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import DataConfig
+from common.config.sections import DataConfig
 from common.datasets import open_source
 from common.datasets.cityscapes import Cityscapes
 from common.datasets.shapes import CLASSES, make_shapes
-from common.datasets.splits import (
+from common.datasets.voc import VOC
+from common.errors import UserError
+from common.splits.split import (
     Split,
     candidates,
     choose_class_covering,
@@ -23,8 +25,6 @@ from common.datasets.splits import (
     valid_of,
     write_split,
 )
-from common.datasets.voc import VOC
-from common.errors import UserError
 from splits.make import main
 
 NAMES = [f"2007_{number:06d}" for number in range(40)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SCRIPTS, module_of
-from tests.killing import assert_same_run, everything, metrics, same
+from tests.helpers.kill_runs import assert_same_run, everything, metrics, same
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 

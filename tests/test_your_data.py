@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.config import DataConfig, load_config
+from common.config import load_config
+from common.config.sections import DataConfig
 from common.datasets import open_source
 from common.datasets.folder import read_classes
-from common.datasets.splits import read_split
 from common.errors import UserError
+from common.splits.split import read_split
 from splits.make import main as make
 from supervised.train import main as train
 from tests.conftest import SCRIPTS, module_of

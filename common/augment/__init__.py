@@ -23,11 +23,10 @@ from common.augment.photometric import (
     PhotometricRanges,
     apply_photometric,
     apply_photometric_batch,
-    denormalize,
     draw_photometric,
-    normalize,
 )
 from common.augment.views import recolor_and_flip
+from common.images import denormalize, normalize
 
 __all__ = [
     "Geometry",

@@ -12,9 +12,8 @@ from numpy.random import Generator
 from torch import Tensor
 
 from common import IGNORE
-from common.augment.photometric import imagenet_statistics
-from common.devices import to_device
 from common.errors import UserError
+from common.images import imagenet_statistics, to_device
 
 MODES = ("none", "cutout", "cutmix", "classmix")
 

@@ -3,15 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from numpy.random import Generator
 from torch import Tensor
 from torchvision.transforms.v2 import functional
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -67,25 +63,6 @@ def apply_photometric(image: Tensor, photometric: Photometric) -> Tensor:
 def apply_photometric_batch(image: Tensor, photometrics: Sequence[Photometric]) -> Tensor:
     """`apply_photometric` with one choice an image: `image` [B,3,H,W]."""
     return torch.stack([apply_photometric(one, choice) for one, choice in zip(image, photometrics, strict=True)])
-
-
-def normalize(image: Tensor) -> Tensor:
-    """`image` [...,3,H,W], uint8 or float in [0, 1], less ImageNet's mean, by its standard deviation."""
-    mean, std = imagenet_statistics(image.device)
-    image = image / 255 if image.dtype == torch.uint8 else image
-    return (image - mean) / std
-
-
-def denormalize(image: Tensor) -> Tensor:
-    """The inverse of `normalize`: float in [0, 1], clamped."""
-    mean, std = imagenet_statistics(image.device)
-    return (image * std + mean).clamp_(0, 1)
-
-
-@cache
-def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, float [3,1,1] each. Kept, because every copy to a device waits for it."""
-    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def _blur(image: Tensor, sigma: float) -> Tensor:

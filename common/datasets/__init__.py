@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import DataConfig
+from common.config.sections import DataConfig
 from common.datasets.cityscapes import Cityscapes
 from common.datasets.folder import Folder
 from common.datasets.gta5 import GTA5
+from common.datasets.reader import Source
 from common.datasets.shapes import CLASSES, is_drawn, make_shapes
-from common.datasets.source import Source
-from common.datasets.splits import candidates, choose_class_covering, complete, write_split
 from common.datasets.voc import CLASSES as VOC_CLASSES
 from common.datasets.voc import VOC
 from common.errors import UserError
@@ -22,8 +21,7 @@ __all__ = ["Source", "named_classes", "open_second", "open_source"]
 def open_source(data: DataConfig) -> Source:
     """The source that `data` names.
 
-    The built-in data (`shapes`) are made on first use, and so is their split, class-covering, where `data.split` is
-    <data.root>/splits/<labels>/<seed>.
+    The built-in data (`shapes`) are made on first use.
 
     Raises UserError when the tree is not found.
     """
@@ -35,7 +33,10 @@ def open_source(data: DataConfig) -> Source:
         return GTA5(data.root)
     if data.dataset == "folder":
         return Folder(data.root, data.image_dir, data.label_dir, data.classes)
-    return _built_in(Path(data.root).expanduser(), Path(data.split).expanduser() if data.split else None)
+    root = Path(data.root).expanduser()
+    if not is_drawn(root):
+        make_shapes(root, "voc")
+    return VOC(root, CLASSES)
 
 
 def named_classes(data: DataConfig, num_classes: int) -> tuple[tuple[str, ...], np.ndarray]:
@@ -73,16 +74,4 @@ def open_second(data: DataConfig, dataset: str, root: str | None) -> Source:
     if target.classes != source.classes:
         raise UserError(f"{second} has other classes than {first}: {len(source.classes)} and {len(target.classes)}")
     source.skip_bad_files = data.skip_bad_files
-    return source
-
-
-def _built_in(root: Path, split: Path | None) -> VOC:
-    if not is_drawn(root):
-        make_shapes(root, "voc")
-    source = VOC(root, CLASSES)
-    if split and split.parent.parent.resolve() == (root / "splits").resolve() and not split.exists():
-        labels, seed = split.parent.name, split.name
-        if not (labels.isdigit() and seed.isdigit()):
-            raise UserError(f"split {split} of the built-in data: give {root}/splits/<labels>/<seed>, both numbers")
-        write_split(split, complete(source, choose_class_covering(source, candidates(source), int(labels), int(seed))))
     return source

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common import IGNORE
-from common.datasets.source import Source, Subset, existing_root, no_layout, table_of
+from common.datasets.reader import Source, Subset, existing_root, no_layout, table_of
 from common.errors import UserError
 
 # Class id (train id) is the place in each of these. Source: the label table of the Cityscapes scripts.

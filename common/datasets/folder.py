@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from common import IGNORE
-from common.datasets.colors import Color, ids_of_colors
-from common.datasets.source import (
+from common.datasets.label_colors import Color, ids_of_colors
+from common.datasets.reader import (
     UNKNOWN,
     Source,
     Subset,

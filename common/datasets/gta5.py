@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from common.datasets import cityscapes
-from common.datasets.colors import Color, map_colors
-from common.datasets.source import (
+from common.datasets.label_colors import Color, map_colors
+from common.datasets.reader import (
     IGNORE,
     Source,
     Subset,

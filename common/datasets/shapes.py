@@ -25,7 +25,7 @@ from PIL import Image, ImageFilter
 
 from common import IGNORE
 from common.datasets import cityscapes
-from common.datasets.source import voc_palette
+from common.datasets.reader import voc_palette
 from common.errors import UserError
 
 Layout = Literal["voc", "cityscapes", "gta5"]

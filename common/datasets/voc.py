@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.datasets.source import Source, Subset, existing_root, no_layout, read_lines, table_of, voc_palette
+from common.datasets.reader import Source, Subset, existing_root, no_layout, read_lines, table_of, voc_palette
 from common.errors import UserError
 
 CLASSES = (

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.augment.photometric import imagenet_statistics
-from common.config import ModelConfig
+from common.config.sections import ModelConfig
 from common.errors import UserError
-from common.models.recognise import recognise_backbone
+from common.images import imagenet_statistics
+from common.models.infer_architecture import recognise_backbone
 from common.models.resnet import CAFFE_8, MULTI_GRID, UNIFORM_8, UNIFORM_16, Geometry, build_resnet
 from common.models.weights import load_state, read_backbone
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.augment import mix
-from common.config import ModelConfig
+from common.config.sections import ModelConfig
 from common.losses import upsample
 from common.models.deeplab import build_network
 

@@ -23,14 +23,13 @@ from common.augment import (
     flip_batch,
     mix_batch,
     mixing,
-    normalize,
 )
-from common.augment.photometric import IMAGENET_MEAN, IMAGENET_STD
-from common.datasets.loaders import Transform
-from common.ema import make_teacher, update_teacher
+from common.images import IMAGENET_MEAN, IMAGENET_STD, normalize
+from common.loaders import Transform
 from common.losses import cross_entropy
+from common.mean_teacher import ema_decay, make_teacher, update_teacher
 from common.metrics import ConfusionMatrix
-from common.schedules import ema_decay, poly, set_lr
+from common.optim import poly, set_lr
 
 Golden = dict[str, Tensor | np.ndarray]
 

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.config import ModelConfig
+from common.config.sections import ModelConfig
 from common.models.deeplab import RATES
 from common.models.two_networks import TwoNetworks
-from common.models.weights import PRCL_CSS, deeplab_from_cps, deeplab_from_prcl_css, load_state
+from common.models.weights import load_state
+from common.released.weights import PRCL_CSS, deeplab_from_cps, deeplab_from_prcl_css
 
 # What the segmentation networks of PRCL and CSS have besides ours: name -> shape of its 304 -> 256 -> 256 head.
 REPRESENTATION = {

@@ -17,16 +17,18 @@ from networks import CAC_PROJECTOR, Caught, draw_input, fill_small, official_key
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from cac_cps.config import CAC, Config, Method
 from cac_cps.crops import LongerSideCrop, Pair, draw_pair, overlap_cells
-from cac_cps.setting import CAC, Config, Method, make_optimizer
 from cac_cps.train import Bank, CACNetwork, context_term
+from cac_cps.training import make_optimizer
 from common import IGNORE
-from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
-from common.inference import Protocol, sum_logits
+from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
+from common.evaluation.inference import Protocol, sum_logits
 from common.losses import cross_entropy, upsample
 from common.metrics import ConfusionMatrix
-from common.models.weights import CAC as CAC_KEYS
-from common.models.weights import deeplab_from_cac, load_state
+from common.models.weights import load_state
+from common.released.weights import CAC as CAC_KEYS
+from common.released.weights import deeplab_from_cac
 
 UNUSED = "nothing that a script of ours runs"
 
@@ -275,7 +277,7 @@ def check_validation(path: Path) -> None:
     convolution.align_corners = True
     # Our evaluation takes images in [0,1]; the file has what is already normalised.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.inference.normalize", lambda image: image)
+        patch.setattr("common.evaluation.inference.normalize", lambda image: image)
         ours, _ = sum_logits(convolution, g["x"], (height, width), Protocol(multiple=multiple))
     close(ours, g["out"], rtol=1e-4, atol=1e-5)
 

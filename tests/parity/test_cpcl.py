@@ -19,18 +19,19 @@ from networks import Caught, draw_input, fill_small, load_branches, read_keys, t
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from common.augment import ScaleChoiceCrop, draw_toggled_masks, mix, normalize
-from common.config import ModelConfig, OptimConfig, load_config
+from common.augment import ScaleChoiceCrop, draw_toggled_masks, mix
+from common.config import load_config
+from common.config.sections import ModelConfig, OptimConfig
 from common.datasets.cityscapes import LABEL_IDS, Cityscapes
 from common.datasets.voc import CLASSES as VOC_CLASSES
 from common.datasets.voc import VOC
-from common.inference import Protocol, sum_logits
+from common.evaluation.inference import Protocol, sum_logits
+from common.images import normalize
 from common.losses import ohem_cross_entropy
 from common.metrics import ConfusionMatrix
 from common.models.two_networks import TwoNetworks, predict_mixture
-from common.models.weights import CPS, deeplab_from_cps
-from common.optim import build_optimizer, decay_groups
-from common.schedules import poly
+from common.optim import build_optimizer, decay_groups, poly
+from common.released.weights import CPS, deeplab_from_cps
 from common.visual import Sample, compare
 from cpcl.losses import (
     Prediction,

@@ -17,18 +17,19 @@ from networks import Caught, draw_input, fill_small, load_branches, read_keys, t
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from cac_cps.config import Config, Method
 from cac_cps.losses import cross_pseudo_loss, pseudo_label
-from cac_cps.setting import OHEM_THRESHOLD, Config, Method, make_optimizer
+from cac_cps.training import OHEM_THRESHOLD, make_optimizer
 from common import IGNORE
 from common.augment import ScaleChoiceCrop, draw_toggled_masks, mix
-from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
-from common.datasets.loaders import StepSampler
-from common.inference import Protocol, sum_logits
+from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
+from common.evaluation.inference import Protocol, sum_logits
+from common.loaders import StepSampler
 from common.losses import cross_entropy, ohem_cross_entropy
 from common.metrics import ConfusionMatrix
 from common.models.two_networks import TwoNetworks, predict_mixture
-from common.models.weights import CPS, CPS_IN_CAC
-from common.schedules import poly
+from common.optim import poly
+from common.released.weights import CPS, CPS_IN_CAC
 
 
 def test_golden(golden: Path) -> None:

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from common.losses import ohem_cross_entropy, upsample
-from common.schedules import exponential_ramp
+from common.optim import exponential_ramp
 from css.losses import (
     Prototypes,
     Samples,

@@ -25,20 +25,24 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from common import IGNORE
-from common.augment import normalize
-from common.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.datasets.cityscapes import COLORS, LABEL_ID_TABLE
 from common.datasets.gta5 import class_ids
-from common.datasets.orders import random_order, read_order
-from common.ema import make_teacher, update_teacher
-from common.inference import Protocol, sum_logits
+from common.evaluation.inference import Protocol, sum_logits
+from common.images import normalize
 from common.losses import upsample
+from common.mean_teacher import make_teacher, update_teacher
 from common.metrics import ConfusionMatrix
 from common.models.deeplab import FromImageNet
-from common.models.weights import MEMORY_BANK, MEMORY_BANK_HEADS, UNREACHED, deeplab_from_memory_bank, load_state
-from common.schedules import poly
-from memory_bank import setting, views
+from common.models.weights import UNREACHED, load_state
+from common.optim import poly
+from common.released.weights import MEMORY_BANK, MEMORY_BANK_HEADS, deeplab_from_memory_bank
+from common.splits.orders import random_order, read_order
+from memory_bank import augment as views
+from memory_bank import config as setting
+from memory_bank.augment import BlackCrop
 from memory_bank.bank import Bank, nearest
+from memory_bank.config import Config, Method
 from memory_bank.heads import Heads, Selectors, rows_of
 from memory_bank.losses import (
     ClassBalance,
@@ -50,9 +54,9 @@ from memory_bank.losses import (
     supervised_loss,
     teacher_decay,
 )
-from memory_bank.parts import labeled_terms, unlabeled_terms, with_total
+from memory_bank.network import MemoryBankNetwork, rows_for_bank
 from memory_bank.released import HEADS, MEANS, SELECTORS, STACKED, heads_from_released
-from memory_bank.setting import BlackCrop, Config, MemoryBankNetwork, Method, rows_for_bank
+from memory_bank.training import labeled_terms, unlabeled_terms, with_total
 
 VOC_FACTOR = 7  # rows that enter the bank at once: 21 / 3
 

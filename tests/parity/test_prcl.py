@@ -46,8 +46,8 @@ from torch.testing import assert_close
 
 from common import IGNORE
 from common.datasets.cityscapes import LABEL_ID_TABLE
-from common.datasets.source import UNKNOWN
-from common.schedules import exponential_ramp
+from common.datasets.reader import UNKNOWN
+from common.optim import exponential_ramp
 from prcl.losses import (
     Prototypes,
     Samples,

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.config import ModelConfig
-from common.export import SMALLEST, Deployed, export_network
-from common.inference import Protocol
+from common.config.sections import ModelConfig
+from common.evaluation.export import SMALLEST, Deployed, export_network
+from common.evaluation.inference import Protocol
+from common.evaluation.metainfo import plain_usage
 from common.models import build_network
-from common.usage import plain_usage
 
 NETWORKS = [
     ({"head": "short"}, Protocol()),

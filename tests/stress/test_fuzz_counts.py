@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import SCRIPTS
-from tests.fuzz import fuzz_configs, fuzz_data
+from tests.helpers.fuzz import fuzz_configs, fuzz_data
 
 SEED = 300
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import SCRIPTS
-from tests.killing import draw_points, kill_and_continue, run_whole
+from tests.helpers.kill_runs import draw_points, kill_and_continue, run_whole
 
 SEED = 20
 

@@ -1,0 +1,1 @@
+"""One training run: devices, steps, logging, checkpoints, exact resume."""

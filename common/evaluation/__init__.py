@@ -1,0 +1,1 @@
+"""Evaluate trained networks, and everything that uses one after training."""

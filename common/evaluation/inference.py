@@ -1,0 +1,217 @@
+"""From images to class probabilities: whole image or sliding window, several scales, flip.
+
+Logits, not probabilities, are summed over windows, scales and flips, as CPS and CPCL evaluate (CPCL section 5).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.images import normalize
+
+WINDOWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a network is applied to an image; printed with every number.
+
+    Args:
+        crop: Height and width of the sliding window, in pixels of the scaled image; None for the whole image at once.
+        scales: Factors the image is resized by before the network sees it.
+        flip: Also predict the mirrored image.
+        multiple: A whole image is reflected at its bottom and right until its sides are multiples of so many pixels.
+        reduce: Images are made so many times smaller first, as those the network was trained on.
+
+    Raises:
+        UserError: a scale or a side of the window is not above 0.
+    """
+
+    crop: tuple[int, int] | None = None
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    multiple: int = 1
+    reduce: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(math.isfinite(scale) and scale > 0 for scale in self.scales):
+            raise UserError(f"evaluation scales are {list(self.scales)}; give one or more numbers above 0")
+        if self.crop is not None and min(self.crop) < 1:
+            raise UserError(f"the sliding window is {self.crop}; both sides must be above 0")
+
+    def describe(self) -> str:
+        """One line, for instance `sliding window 512x512 stride 342x342, scales 0.5 1, flip`."""
+        area = "whole image" + (f" padded to multiples of {self.multiple}" if self.multiple > 1 else "")
+        if self.crop is not None:
+            strides = [_stride(side) for side in self.crop]
+            area = f"sliding window {self.crop[0]}x{self.crop[1]} stride {strides[0]}x{strides[1]}"
+        area += f" at 1/{self.reduce} of its size" if self.reduce > 1 else ""
+        scales = ("scale " if len(self.scales) == 1 else "scales ") + " ".join(f"{scale:g}" for scale in self.scales)
+        return f"{area}, {scales}, {'flip' if self.flip else 'no flip'}"
+
+
+class MeanOfNetworks(nn.Module):
+    """Several networks as one: the mean of their logits.
+
+    Args:
+        networks: Alike, at least one.
+    """
+
+    def __init__(self, networks: list[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.align_corners = networks[0].align_corners
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B,3,H,W], normalised -> logits [B,C,h,w]."""
+        return torch.stack([network(image) for network in self.networks]).mean(0)
+
+
+def predict(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: Protocol = Protocol()) -> Tensor:
+    """Class probabilities of a batch of images.
+
+    Args:
+        network: Maps a normalised image [B,3,H,W] to logits [B,C,h,w]; `network.align_corners` says how those are
+            up-sampled. It runs in evaluation mode and is left as it was.
+        image: [B,3,H,W] uint8, or float in [0,1].
+        size: Height and width of the result, that of the label.
+        protocol: Window, scales and flip.
+
+    Returns:
+        probability [B,C,*size]: softmax of the mean logits.
+    """
+    total, passes = sum_logits(network, image, size, protocol)
+    return (total / passes).softmax(1)
+
+
+@torch.no_grad()
+def sum_logits(
+    network: nn.Module, image: Tensor, size: tuple[int, int], protocol: Protocol = Protocol()
+) -> tuple[Tensor, Tensor]:
+    """Sum of the logits over windows, scales and flips: its argmax is the prediction. Arguments as `predict`.
+
+    Returns:
+        The sum [B,C,*size], and the number of passes that went into each pixel [*size] (fractions where window
+        borders were resized). Sums are not divided by the overlap of windows before scales are added.
+    """
+    accumulate = _whole if protocol.crop is None else _slide
+    if protocol.reduce > 1:
+        # In float: torchvision's resize of uint8 rounds twice, and chooses by the sides, which an export cannot.
+        image = image / 255 if image.dtype == torch.uint8 else image
+        reduced = [side // protocol.reduce for side in image.shape[-2:]]
+        image = F.interpolate(image, reduced, mode="bilinear", antialias=True)
+    with evaluation_mode(network):
+        results = [accumulate(network, _scaled(image, scale), size, protocol) for scale in protocol.scales]
+    totals, passes = zip(*results)
+    return sum(totals[1:], totals[0]), sum(passes[1:], passes[0])
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; afterwards every submodule is as it was (frozen batch norms too)."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _whole(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: Protocol) -> tuple[Tensor, Tensor]:
+    image = normalize(image)
+    if protocol.multiple == 1:
+        logits = _forward(network, image, size, protocol.flip)
+    else:
+        height, width = image.shape[-2:]
+        margins = (0, -width % protocol.multiple, 0, -height % protocol.multiple)
+        # A side shorter than its margin has nothing to mirror.
+        mode = "reflect" if margins[1] < width and margins[3] < height else "replicate"
+        padded = F.pad(image, margins, mode=mode)
+        logits = _forward(network, padded, padded.shape[-2:], protocol.flip)
+        # Not a slice: `torch.export` cannot follow strides that depend on the padding.
+        for dim, side in ((-2, height), (-1, width)):
+            logits = logits.index_select(dim, torch.arange(side, device=logits.device))
+        logits = _resized(logits, size, False)
+    return logits, logits.new_full(size, 1 + protocol.flip)
+
+
+def _slide(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: Protocol) -> tuple[Tensor, Tensor]:
+    crop, (height, width) = protocol.crop, image.shape[-2:]
+    left, right = _margins(width, crop[1])
+    top, bottom = _margins(height, crop[0])
+    margins = (left, right, top, bottom)
+    # As released: an image that fits is padded with the mean colour (0 once normalised), one that slides with black.
+    fits = max(height, width) <= min(crop)
+    padded = F.pad(normalize(image), margins) if fits else normalize(F.pad(image, margins))
+
+    corners = [(y, x) for y in _starts(padded.shape[-2], crop[0]) for x in _starts(padded.shape[-1], crop[1])]
+    windows = [(b, y, x) for b in range(len(image)) for y, x in corners]
+    total, passes = None, padded.new_zeros(padded.shape[-2:])
+    for start in range(0, len(windows), WINDOWS_AT_ONCE):
+        part = windows[start : start + WINDOWS_AT_ONCE]
+        stack = torch.stack([padded[b, :, y : y + crop[0], x : x + crop[1]] for b, y, x in part])
+        logits = _forward(network, stack, crop, protocol.flip)
+        if total is None:
+            total = logits.new_zeros(len(image), logits.shape[1], *padded.shape[-2:])
+        for (b, y, x), window in zip(part, logits):
+            total[b, :, y : y + crop[0], x : x + crop[1]] += window
+    for y, x in corners:
+        passes[y : y + crop[0], x : x + crop[1]] += 1 + protocol.flip
+
+    inside = (..., slice(top, top + height), slice(left, left + width))
+    return _resized(total[inside], size, False), _resized(passes[inside][None, None], size, False)[0, 0]
+
+
+def _forward(network: nn.Module, image: Tensor, size: tuple[int, int], flip: bool) -> Tensor:
+    """Logits of normalised images at `size`; with `flip` the sum with those of the mirrored images."""
+    logits = _resized(network(image), size, network.align_corners)
+    if flip:
+        logits = logits + _resized(network(image.flip(-1)), size, network.align_corners).flip(-1)
+    return logits
+
+
+def _scaled(image: Tensor, scale: float) -> Tensor:
+    """Image resized by a factor, to the nearest whole size; uint8 is rounded back to uint8.
+
+    Pixels are sampled at exactly the factor, as OpenCV does and the released evaluations with it. `interpolate` does
+    so too but rounds the size down: one repeated border pixel (more below half size) lets it reach the whole size.
+    """
+    if scale == 1:
+        return image
+    size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+    more = math.ceil(1 / scale)
+    longer = F.pad(image.float(), (0, more, 0, more), mode="replicate")
+    resized = F.interpolate(longer, scale_factor=scale, mode="bilinear", align_corners=False)
+    resized = resized[..., : size[0], : size[1]]
+    return resized if image.is_floating_point() else (resized + 0.5).to(image.dtype)
+
+
+def _resized(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    scores = scores.float()  # in half precision sums over windows would lose digits
+    if scores.shape[-2:] == tuple(size):
+        return scores
+    return F.interpolate(scores, size, mode="bilinear", align_corners=align_corners)
+
+
+def _margins(side: int, crop: int) -> tuple[int, int]:
+    """Centred padding of a side to the window, the odd pixel at the end."""
+    missing = max(0, crop - side)
+    return missing // 2, missing - missing // 2
+
+
+def _stride(crop: int) -> int:
+    # ceil(2/3 of the window), in integers.
+    return -(-2 * crop // 3)
+
+
+def _starts(side: int, crop: int) -> list[int]:
+    """First pixels of the windows along a side; the last window ends at the border."""
+    count = math.ceil((side - crop) / _stride(crop)) + 1
+    return [min(index * _stride(crop), side - crop) for index in range(count)]

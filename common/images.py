@@ -1,0 +1,37 @@
+"""Normalize images, and copy arrays to the device without waiting for it."""
+
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalize(image: Tensor) -> Tensor:
+    """`image` [...,3,H,W], uint8 or float in [0, 1], less ImageNet's mean, by its standard deviation."""
+    mean, std = imagenet_statistics(image.device)
+    image = image / 255 if image.dtype == torch.uint8 else image
+    return (image - mean) / std
+
+
+def denormalize(image: Tensor) -> Tensor:
+    """The inverse of `normalize`: float in [0, 1], clamped."""
+    mean, std = imagenet_statistics(image.device)
+    return (image * std + mean).clamp_(0, 1)
+
+
+@cache
+def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, float [3,1,1] each. Kept, because every copy to a device waits for it."""
+    return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy that does not wait for the device, which only page-locked memory allows."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

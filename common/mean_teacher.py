@@ -1,0 +1,26 @@
+"""The mean teacher: a copy of a network whose parameters follow the student's."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+
+def make_teacher(network: nn.Module) -> nn.Module:
+    """A copy of `network` that takes no gradients. It keeps batch-norm statistics of its own."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """theta_T = decay * theta_T + (1 - decay) * theta_S, for parameters only: buffers are never copied."""
+    get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)
+
+
+def ema_decay(step: int, alpha: float) -> float:
+    """Decay of the teacher after update number `step` (from 0): min(1 - 1 / (step + 1), alpha).
+
+    The first update copies the student; the decay then grows until it reaches `alpha` (Tarvainen & Valpola, 2017).
+    """
+    return min(1.0 - 1.0 / (step + 1), alpha)

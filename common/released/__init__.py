@@ -1,0 +1,1 @@
+"""Read the config files and weights that the papers' own repositories released."""

@@ -1,0 +1,158 @@
+"""Convert the state-dict keys of published networks to those of this project."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.models.weights import UNREACHED, few, without_wrapper
+
+# Prefixes of the networks PRCL and CSS published (the same keys in both), and ours. The first that fits counts.
+PRCL_CSS = {
+    "resnet_": "encoder.",
+    "ASPP.convs.4.": "aspp.pooled.",
+    "ASPP.convs.": "aspp.branches.",
+    "ASPP.project.": "aspp.project.",
+    "project.": "low.",
+    "classifier.": "classifier.",
+}
+# The representation head is no part of the segmenter; the papers' own folders read it.
+PRCL_CSS_HEADS = ("representation.",)
+
+# The same for CAC. The decoder's first convolution also sees its input channels in another order (`_low_level_first`).
+CAC = (
+    {"encoder.backbone.": "encoder."}
+    | {f"encoder.aspp.aspp{i + 1}.atrous_conv.": f"aspp.branches.{i}.0." for i in range(4)}
+    | {f"encoder.aspp.aspp{i + 1}.bn.": f"aspp.branches.{i}.1." for i in range(4)}
+    | {
+        "encoder.aspp.global_avg_pool.": "aspp.pooled.",
+        "encoder.aspp.conv1.": "aspp.project.0.",
+        "encoder.aspp.bn1.": "aspp.project.1.",
+        "encoder.decoder.conv1.": "low.0.",
+        "encoder.decoder.bn1.": "low.1.",
+        "encoder.decoder.last_conv.": "decoder.",
+        "classifier.": "classifier.",
+    }
+)
+CAC_HEADS = ("project.",)
+# For CPS in CAC's code base, which calls the encoder backbone, and for original CPS and CPCL.
+CPS_IN_CAC = {re.sub("^encoder", "backbone", official): ours for official, ours in CAC.items()}
+CPS = {
+    "backbone.": "encoder.",
+    "head.aspp.map_convs.": "aspp.branches.",
+    "head.aspp.map_bn.": "aspp.norm.0.",
+    "head.aspp.red_conv.": "aspp.reduce.",
+    "head.aspp.global_pooling_conv.": "aspp.pooled.1.",
+    "head.aspp.global_pooling_bn.": "aspp.pooled.2.",
+    "head.aspp.pool_red_conv.": "aspp.pooled.4.",
+    "head.aspp.red_bn.": "aspp.project.0.",
+    "head.reduce.": "low.",
+    "head.last_conv.": "decoder.",
+    "classifier.": "classifier.",
+}
+# For both networks of memory bank; its heads and selectors are read in its folder.
+MEMORY_BANK = (
+    {f"{name}.": f"encoder.{name}." for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")}
+    | {"layer5.conv2d_list.": "classifier.branches."}
+    | {f"aspp.aspp{i + 1}.atrous_conv.": f"aspp.branches.{i}.0." for i in range(4)}
+    | {f"aspp.aspp{i + 1}.bn.": f"aspp.branches.{i}.1." for i in range(4)}
+    | {
+        "aspp.global_avg_pool.": "aspp.pooled.",
+        "aspp.conv1.": "aspp.project.0.",
+        "aspp.bn1.": "aspp.project.1.",
+        "decoder.conv1.": "low.0.",
+        "decoder.bn1.": "low.1.",
+        "decoder.pre_last_conv.": "decoder.",
+        "decoder.last_conv.": "classifier.1.",
+    }
+)
+MEMORY_BANK_HEADS = ("projection_head.", "prediction_head.", "contrastive_class_selector_")
+
+
+def deeplab_from_prcl_css(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The segmenter out of a state dict of PRCL's or CSS's published network, with the keys of our `DeepLabV3Plus`.
+
+    Args:
+        state: Keys as published (`resnet_layer1.0.conv1.weight`, `ASPP.convs.0.0.weight`, ...). Those that start with
+            one of `PRCL_CSS_HEADS` are left out of the result.
+
+    Raises:
+        UserError: keys of another network.
+    """
+    return _rename({key: value for key, value in state.items() if not key.startswith(PRCL_CSS_HEADS)}, PRCL_CSS)
+
+
+def deeplab_from_cac(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The segmenter out of CAC's published network, with the keys of our `CACDeepLab`; its projector is left out.
+
+    Args:
+        state: Keys `encoder.backbone.conv1.weight`, ..., with or without `module.` before them.
+
+    Raises:
+        UserError: keys of another network.
+    """
+    state = without_wrapper(state)
+    renamed = _rename({key: value for key, value in state.items() if not key.startswith(CAC_HEADS)}, CAC)
+    return _low_level_first(renamed)
+
+
+def deeplab_from_memory_bank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The segmenter out of memory bank's published network: our `DeepLabV2` or `MemoryBankDeepLab`.
+
+    Args:
+        state: Keys `conv1.weight`, ..., `layer5.conv2d_list.0.weight` or `aspp.conv1.weight`, ...; heads, selectors
+            and classifiers that are never reached are left out.
+
+    Raises:
+        UserError: keys of another network.
+    """
+    own = {key: value for key, value in state.items() if not key.startswith((*MEMORY_BANK_HEADS, *UNREACHED))}
+    return _low_level_first(_rename(own, MEMORY_BANK))
+
+
+def deeplab_from_cps(state: Mapping[str, Tensor], network: int = 1) -> dict[str, Tensor]:
+    """One of the two networks out of a published CPS or CPCL.
+
+    Args:
+        state: Keys of original CPS and CPCL (our `CPSDeepLab`) or of CPS in CAC's code base (our `CACDeepLab`), both
+            below `branch1.` and `branch2.`, or those of the latter's first network alone.
+        network: 1 or 2.
+
+    Raises:
+        UserError: keys of another network; a second network that the file does not hold.
+    """
+    state = without_wrapper(state)
+    branch = f"branch{network}."
+    own = {key.removeprefix(branch): value for key, value in state.items() if key.startswith(branch)}
+    if not own and (network != 1 or any(key.startswith("branch") for key in state)):
+        raise UserError(f"the file holds no network {network}")
+    own = own or dict(state)
+    in_cac_code = any(key.startswith("backbone.backbone.") for key in own)
+    return _low_level_first(_rename(own, CPS_IN_CAC if in_cac_code else CPS))
+
+
+def _low_level_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move the 48 low-level channels, which CAC and CPS put after the ASPP's, to where our decoder has them."""
+    key, low = "decoder.0.weight", "low.0.weight"
+    if key in state and low in state:
+        aspp_channels = state[key].shape[1] - state[low].shape[0]
+        context, low_level = state[key].split([aspp_channels, state[low].shape[0]], dim=1)
+        state[key] = torch.cat([low_level, context], dim=1)
+    return state
+
+
+def _rename(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    renamed, unknown = {}, []
+    for key, value in state.items():
+        prefix = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+        if prefix is None:
+            unknown.append(key)
+        else:
+            renamed[prefixes[prefix] + key.removeprefix(prefix)] = value
+    if unknown:
+        raise UserError(
+            f"not a published network of this kind; its keys start with {', '.join(prefixes)}, not {few(unknown)}"
+        )
+    return renamed

@@ -1,0 +1,298 @@
+"""Which images are labeled, which are not, and which are for validation.
+
+A split is a folder `<root>/<labels>/<seed>` of three lists, one id a line: labeled_filename.txt, unlabeled_filename.txt
+and valid_filename.txt. `splits/make.py` makes them, `splits/adopt.py` makes them of published lists. Those are also
+read as they are; common/splits/lists.py says which.
+
+A config may instead name a list of labeled and one of unlabeled images: an id a line, or the paths of an image and its
+label; or the number of an order of all images for training, as memory bank published them, and how many of the first
+ones are labeled.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from common import IGNORE
+from common.config.sections import DataConfig
+from common.datasets.reader import Source, read_lines
+from common.errors import UserError
+from common.splits.lists import find_lists, published_id, read_ids
+from common.splits.orders import order_of
+from common.splits.published import commands, entry_at
+
+
+@dataclass(frozen=True)
+class Split:
+    """Ids of images, in the order of their lists."""
+
+    labeled: list[str]
+    unlabeled: list[str]
+    valid: list[str]
+
+
+def split_of(data: DataConfig, source: Source, allow_overlap: bool | None = None) -> Split:
+    """The lists that a config names: those of its split, `labeled_list` and `unlabeled_list`, or `split_id`.
+
+    With the last two, images for validation are the dataset's own. A missing split <data.root>/splits/<labels>/<seed>
+    of the built-in data is drawn, class-covering.
+
+    Args:
+        data: The config's section.
+        source: Of these data.
+        allow_overlap: In place of the config's.
+
+    Raises UserError as `read_split` and `order_of`, and where not exactly one kind is named.
+    """
+    allow_overlap = data.allow_overlap if allow_overlap is None else allow_overlap
+    if sum(kind is not None for kind in (data.split, data.labeled_list, data.split_id)) != 1:
+        raise UserError(
+            "a config states one of data.split, data.labeled_list and data.split_id; set the others to null"
+        )
+    if data.unlabeled_list is not None and data.labeled_list is None:
+        raise UserError("data.unlabeled_list goes with data.labeled_list alone")
+    if (data.labeled_samples is None) != (data.split_id is None):
+        raise UserError("data.split_id and data.labeled_samples, the number of labeled images, go together")
+    if data.split_id is not None:
+        return _first_of_order(data, source)
+    if data.split is not None:
+        if data.dataset == "shapes":
+            _make_built_in_split(Path(data.split).expanduser(), Path(data.root).expanduser(), source)
+        return read_split(data.split, allow_overlap, data.dataset, data.root, source)
+    paths = {"labeled": Path(data.labeled_list).expanduser()}
+    labeled = _read_list(paths["labeled"], source, data)
+    split = replace(complete(source, labeled), labeled=labeled)
+    if data.unlabeled_list is not None:
+        paths["unlabeled"] = Path(data.unlabeled_list).expanduser()
+        split = replace(split, unlabeled=_read_list(paths["unlabeled"], source, data))
+    return _checked(split, data.lists, lambda kind: paths.get(kind, source.layout), allow_overlap)
+
+
+def valid_of(data: DataConfig, source: Source) -> list[str]:
+    """The images for validation. Unlike `split_of` it needs no stored order, which does not concern them."""
+    return _own_valid(source) if data.split_id is not None else split_of(data, source).valid
+
+
+def read_split(
+    folder: str | Path,
+    allow_overlap: bool = False,
+    dataset: str = "DATASET",
+    root: str = "ROOT",
+    source: Source | None = None,
+) -> Split:
+    """Read a split.
+
+    Args:
+        folder: a split, or lists as they were published: see common/splits/lists.py.
+        allow_overlap: accept images that are labeled and unlabeled; labels of the unlabeled list are never opened.
+        dataset: kind of the dataset, and
+        root: its folder, for the commands that are told when the split is missing.
+        source: of the dataset, whose own images for validation stand in for a list that was not published.
+
+    Raises UserError for a missing or empty list (an empty unlabeled one is accepted), a line that is no id, an id that
+    is twice in a list, and labeled images in the unlabeled list.
+    """
+    folder = Path(folder).expanduser()
+    files = find_lists(folder)
+    if files is None:
+        raise UserError(_no_split(folder, dataset, root))
+    names = files.names(source.id_of if source else published_id)
+    if "valid" not in names:
+        if source is None:
+            raise UserError(f"{folder}: no list for validation was published with it: give --dataset and --data-root")
+        names["valid"] = source.names("val")
+    return _checked(Split(**names), folder, lambda kind: files.paths.get(kind, folder), allow_overlap)
+
+
+def _checked(split: Split, told: str | Path, path_of: Callable[[str], str | Path], allow_overlap: bool) -> Split:
+    for kind in ("labeled", "valid"):
+        if not getattr(split, kind):
+            raise UserError(f"{path_of(kind)} is empty")
+    both = sorted(set(split.labeled) & set(split.unlabeled))
+    if both and not allow_overlap:
+        raise UserError(
+            f"{told}: {len(both)} images are both labeled and unlabeled, {both[0]} for one:"
+            " mend the lists, or accept it with data.allow_overlap"
+        )
+    return split
+
+
+def write_split(folder: str | Path, split: Split) -> None:
+    """Write the three lists. They appear together or not at all.
+
+    Raises UserError when `folder` holds anything but this very split: nothing is written over.
+    """
+    folder = Path(folder).expanduser()
+    if _holds(folder, split):
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"split {folder} cannot be written: {error.strerror}") from None
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
+        made = Path(workshop) / "split"
+        made.mkdir()
+        for kind, names in asdict(split).items():
+            _list_path(made, kind).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        try:
+            os.rename(made, folder)
+        except OSError:
+            # Another process was faster: its lists are as good as ours if they are the same.
+            if not _holds(folder, split):
+                raise
+
+
+def complete(source: Source, labeled: Sequence[str], valid: Sequence[str] | None = None) -> Split:
+    """The split of `labeled`: every other image for training is unlabeled.
+
+    Args:
+        source: of the dataset.
+        labeled: ids.
+        valid: for validation; by default the dataset's own.
+
+    Raises UserError when there are none for validation.
+    """
+    valid = _own_valid(source) if valid is None else list(valid)
+    taken = {*labeled, *valid}
+    return Split(sorted(set(labeled)), [name for name in source.names("train") if name not in taken], valid)
+
+
+def _own_valid(source: Source) -> list[str]:
+    valid = source.names("val")
+    if not valid:
+        raise UserError(f"{source.layout}: no images for validation")
+    return valid
+
+
+def _make_built_in_split(split: Path, root: Path, source: Source) -> None:
+    if split.exists() or split.parent.parent.resolve() != (root / "splits").resolve():
+        return
+    labels, seed = split.parent.name, split.name
+    if not (labels.isdigit() and seed.isdigit()):
+        raise UserError(f"split {split} of the built-in data: give {root}/splits/<labels>/<seed>, both numbers")
+    write_split(split, complete(source, choose_class_covering(source, candidates(source), int(labels), int(seed))))
+
+
+def _first_of_order(data: DataConfig, source: Source) -> Split:
+    names = source.names("train")
+    if data.labeled_samples > len(names):
+        raise UserError(
+            f"data.labeled_samples is {data.labeled_samples}, but {data.root} has {len(names)} for training"
+        )
+    ordered = [names[index] for index in order_of(data, len(names))]
+    return Split(ordered[: data.labeled_samples], ordered[data.labeled_samples :], _own_valid(source))
+
+
+def candidates(source: Source) -> list[str]:
+    """Sorted ids of the images for training that have a label."""
+    return [name for name in source.names("train") if source.has_label(name)]
+
+
+def choose_random(names: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` of `names`, the same for ever: they are ranked by a hash of seed and name, so that no random generator,
+    no order of files and no version of a library matters, and fewer labels of one seed are part of more.
+
+    Raises UserError when there are fewer names.
+    """
+    return _ranked(names, count, seed)[:count]
+
+
+def choose_class_covering(source: Source, names: Sequence[str], count: int, seed: int) -> list[str]:
+    """As `choose_random`, but every class that occurs in any of the labels occurs in the chosen ones.
+
+    As few of the random images as possible give way: the last ranked, to those that show most of the missing classes.
+    All labels are read. Raises UserError when `count` images do not suffice.
+    """
+    ranked = _ranked(names, count, seed)
+    with ThreadPoolExecutor() as pool:
+        occurs = np.stack(list(pool.map(lambda name: classes_in(source, name), ranked)))
+    wanted = occurs.any(0)
+    for replaced in range(count + 1):
+        kept = count - replaced
+        covering = _cover(occurs[kept:], wanted & ~occurs[:kept].any(0))
+        if len(covering) <= replaced:
+            added = [ranked[kept + index] for index in covering]
+            # The cover may need less than what gave way: then the best ranked come back.
+            rest = [name for name in ranked[kept:] if name not in added]
+            return ranked[:kept] + added + rest[: replaced - len(added)]
+    raise UserError(f"{count} images cannot show all {wanted.sum()} classes that occur: label more")
+
+
+def choose_every(names: Sequence[str], step: int) -> list[str]:
+    """Every `step`-th of the sorted names, from the first.
+
+    The lists that CPS published for VOC, and CPCL uses, are these (662, 1323, 2646 and 5291 of 10,582 for 1/16 to 1/2).
+    Theirs for Cityscapes go through an unsorted list and cannot be made.
+    """
+    return sorted(names)[::step]
+
+
+def _ranked(names: Sequence[str], count: int, seed: int) -> list[str]:
+    if not 0 < count <= len(names):
+        raise UserError(
+            f"{count} labeled images of {len(names)} that have a label: give a number from 1 to {len(names)}"
+        )
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+
+
+def classes_in(source: Source, name: str) -> np.ndarray:
+    """bool [C]: which classes the label of `name` shows."""
+    counts = np.bincount(source.read_label(name).numpy().ravel(), minlength=IGNORE + 1)
+    return counts[: len(source.classes)] > 0
+
+
+def _cover(occurs: np.ndarray, missing: np.ndarray) -> list[int]:
+    """Rows of bool [N, C] that show all `missing` classes [C], greedily: each time the row that shows most."""
+    chosen = []
+    while missing.any():
+        chosen.append(int((occurs & missing).sum(1).argmax()))
+        missing = missing & ~occurs[chosen[-1]]
+    return chosen
+
+
+def _list_path(folder: Path, kind: str) -> Path:
+    return folder / f"{kind}_filename.txt"
+
+
+def _read_list(path: Path, source: Source, data: DataConfig) -> list[str]:
+    if not path.is_file():
+        how = "set data.labeled_list and data.unlabeled_list to files that are there"
+        raise UserError(f"no list {path}: {how}{_published(path, data.root)}")
+    return read_ids(path, source.id_of)
+
+
+def _holds(folder: Path, split: Split) -> bool:
+    """Whether `folder` holds `split`; False when it does not exist or is empty, UserError for anything else."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    lists = {kind: _list_path(folder, kind) for kind in asdict(split)}
+    if any(not path.is_file() or read_lines(path) != getattr(split, kind) for kind, path in lists.items()):
+        raise UserError(
+            f"{folder} exists and is not this split: remove it or give another folder, nothing is written over"
+        )
+    return True
+
+
+def _no_split(folder: Path, dataset: str, root: str) -> str:
+    """That there is no split, and the commands that get or make one, as far as its folder tells."""
+    if folder.is_file():
+        return f"split {folder} is no labeled list: published lists of other kinds are read by splits/adopt.py"
+    labels, seed = folder.parent.name, folder.name
+    if not (labels.isdigit() and seed.isdigit()):
+        labels, seed = "N", "SEED"
+    out = folder.parent.parent if labels != "N" else "SPLITS"
+    flags = f"--dataset {dataset} --data-root {root} --labels {labels} --seed {seed} --out {out}"
+    how = f"point data.split at published lists{_published(folder, root)}, or make it"
+    return f"no split {folder}: {how}:\n  python splits/make.py {flags}"
+
+
+def _published(path: Path, root: str) -> str:
+    """The commands that put a published list at `path`; empty where none belongs there."""
+    entry = entry_at(path)
+    return f", those of {entry['name']} with\n{commands(entry, root, path)}\n" if entry else ""
