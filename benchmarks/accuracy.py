@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.errors import UserError, told
+from common.errors import UserError, report_errors
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -94,7 +94,7 @@ def summary(rows: list[str], seeds: list[int], results: dict[tuple[str, int], di
     return table
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="JSON file with seeds, shared settings and rows")

@@ -23,7 +23,7 @@ from rich.table import Table
 from common.augment.views import CropTransform
 from common.datasets.shapes import CLASSES, make_shapes
 from common.datasets.voc import VOC
-from common.errors import UserError, told
+from common.errors import UserError, report_errors
 from common.loaders import TrainingImages
 
 IMAGES = 32
@@ -55,7 +55,7 @@ def cells(decoding: float, working: float) -> tuple[str, str, str]:
     return f"{1 / decoding:.0f}", f"{1 / working:.0f}", f"{decoding / working:.0%}"
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("prcl/configs/voc.json"))

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cac_cps import losses as cac
 from common.engine.devices import check_compiler
-from common.errors import UserError, told
+from common.errors import UserError, report_errors
 from css import losses as css
 from memory_bank import losses as memory_bank
 from memory_bank.bank import Bank
@@ -247,7 +247,7 @@ def measure(paper: str, row: str, scale: float, repeats: int, results) -> None:
     results.put((seconds[1:], peak_memory(device) - before, value))
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paper", choices=sorted(PAPERS))

@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.step import Enough, watch
-from common.errors import UserError, told
+from common.errors import UserError, report_errors
 
 
 class Kept:
@@ -89,7 +89,7 @@ def measure(script: Path, arguments: list[str], steps: int) -> int:
     return count.most
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scripts", nargs="+", type=Path, help="training scripts, prcl/train.py say")

@@ -29,7 +29,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import ProfilerActivity, profile
 
-from common.errors import UserError, told
+from common.errors import UserError, report_errors
 
 PHASES = ("data", "teacher", "augmentation", "pseudo-labels", "student", "losses", "backward", "optimizer")
 PHASES += ("teacher update",)
@@ -163,7 +163,7 @@ def tensors(output: Any) -> list[torch.Tensor]:
     return [tensor for value in values for tensor in tensors(value)]
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="a paper (prcl), or one of its training scripts (prcl/train.py)")

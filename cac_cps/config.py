@@ -61,7 +61,7 @@ class Method:
     Args:
         base_size: Length of the longer side at scale 1, pixels; null cuts as original CPS does, at one of `scales`.
         scales: Of original CPS's crops.
-        jitter: Change the colours of labeled images.
+        jitter: Change the colors of labeled images.
         backbone_lr_scale: Learning rate of the backbone in terms of `optim.lr`.
         decay_norms: Weight decay on batch norm and biases too.
         cac: Section of train.py.

@@ -1,4 +1,4 @@
-"""Crops for training as CAC cuts them, its pairs of crops with their overlap, and the colours of either.
+"""Crops for training as CAC cuts them, its pairs of crops with their overlap, and the colors of either.
 
 Draws come from a `numpy.random.Generator`, in the order of the released code.
 """
@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from common import IGNORE
-from common.augment import Geometry, PhotometricRanges, apply_photometric, draw_photometric, nearest_crop
+from common.augment import CropGeometry, PhotometricRanges, apply_photometric, draw_photometric, nearest_crop
 from common.augment.crops import cut, draw_start, mirror
 from common.images import normalize
 from common.seeding import generators
@@ -44,7 +44,7 @@ class LongerSideCrop:
         top, left = (draw_start(rng, side, crop) for side, crop in zip((height, width), self.crop_size))
         image = cut(resize(image, height, width), [(top, left)], self.crop_size)[0]
         if label is not None:
-            label = nearest_crop(label, Geometry(height, width, top, left), self.crop_size, IGNORE)
+            label = nearest_crop(label, CropGeometry(height, width, top, left), self.crop_size, IGNORE)
         return mirror(image, label, rng.random() > 0.5)
 
 
@@ -153,7 +153,7 @@ class PairCrop:
 
 
 def augment_views(views: Tensor, positions: Sequence[int], seed: int) -> Tensor:
-    """Blur, colours and grey, drawn for either view of its own: uint8 [B,2,3,H,W] -> normalised."""
+    """Blur, colors and gray, drawn for either view of its own: uint8 [B,2,3,H,W] -> normalized."""
     sides = []
     for number in (1, 2):
         rngs = generators(seed, f"view {number}, on the device", positions)
@@ -192,10 +192,10 @@ def _cells(pair: Pair, view: int, height: int, width: int) -> np.ndarray:
 
 
 def _changed(image: Tensor, rng: Generator) -> Tensor:
-    """Blur with probability 0.5, colours with 0.8, grey with 0.2: float [3,H,W] in [0,1]."""
-    blurred, coloured, grey = rng.random(3)
+    """Blur with probability 0.5, colors with 0.8, gray with 0.2: float [3,H,W] in [0,1]."""
+    blurred, colored, gray = rng.random(3)
     if blurred < 0.5:
         image = functional.gaussian_blur(image, [BLUR_KERNEL, BLUR_KERNEL], [BLUR_SIGMA, BLUR_SIGMA])
-    if coloured < 0.8:
+    if colored < 0.8:
         image = apply_photometric(image, draw_photometric(rng, JITTER))
-    return functional.rgb_to_grayscale(image, num_output_channels=3) if grey < 0.2 else image
+    return functional.rgb_to_grayscale(image, num_output_channels=3) if gray < 0.2 else image

@@ -117,7 +117,7 @@ def context_loss(
     embedding = tuple(values.float() for values in embedding)
     learns = directions(confidence, threshold)
     counts = mean_over_processes(torch.stack([mask.sum() for mask in learns]).float()).clamp(min=1e-12)
-    # The one synchronisation: it saves the product of all anchors that would be weighted with 0.
+    # The one synchronization: it saves the product of all anchors that would be weighted with 0.
     first, second = (mask.nonzero().squeeze(1) for mask in learns)
     losses = directional_loss(
         torch.cat([embedding[0][first], embedding[1][second]]),

@@ -15,15 +15,15 @@ from cac_cps.config import Config, protocol_of
 from cac_cps.crops import CELL, Pair, augment_views, cut_pair
 from cac_cps.losses import directions
 from cac_cps.training import pair_crop
-from common.datasets.reader import Source
+from common.datasets.reader import Reader
 from common.engine.run import Run
 from common.errors import UserError
-from common.evaluation.evaluate import save_panel, spread
+from common.evaluation.evaluate import evenly_spaced, save_panel
 from common.evaluation.inference import Protocol, evaluation_mode, predict
 from common.images import denormalize
 from common.seeding import generators
 from common.splits.split import Split
-from common.visual import FAINT, GAP, INK, MARGIN, PAGE, TILE, class_entries, colourise, legend
+from common.visual import FAINT, GAP, INK, MARGIN, PAGE, TILE, class_entries, colorize, legend
 
 if TYPE_CHECKING:
     from cac_cps.train import CACNetwork
@@ -50,28 +50,28 @@ class Shown:
 
 
 def save_disagreement_panel(
-    networks: Sequence[nn.Module], source: Source, split: Split, config: Config, run: Run
+    networks: Sequence[nn.Module], reader: Reader, split: Split, config: Config, run: Run
 ) -> None:
     """The usual panel of network 1, with network 2's prediction and where the two disagree (light)."""
     protocol = protocol_of(config)
     maps = partial(_second_opinion, networks, protocol)
-    save_panel(networks[0], source, split, run, maps=maps, protocol=protocol)
+    save_panel(networks[0], reader, split, run, maps=maps, protocol=protocol)
 
 
-def save_pair_panel(network: "CACNetwork", source: Source, split: Split, config: Config, run: Run) -> None:
+def save_pair_panel(network: "CACNetwork", reader: Reader, split: Split, config: Config, run: Run) -> None:
     """The usual panel, and pairs_<step>.png: crops of unlabeled images, what is seen in them, and who learns there."""
-    save_panel(network.segmenter, source, split, run, protocol=protocol_of(config))
-    if not run.is_main or run.is_asked_to_stop():
+    save_panel(network.segmenter, reader, split, run, protocol=protocol_of(config))
+    if not run.is_main or run.stop_requested():
         return
-    pairs = list(_shown_pairs(network, source, spread(split.unlabeled), config, run))
+    pairs = list(_shown_pairs(network, reader, evenly_spaced(split.unlabeled), config, run))
     if not pairs:
         return
     path = run.picture_path().with_name(f"pairs_{run.step:08d}.png")
     title = f"{run.folder.name}, step {run.step}: pairs of crops, changed as for training but not mirrored"
     try:
-        _page(pairs, source, config.method.cac.pos_thresh_value, title).save(path)
+        _page(pairs, reader, config.method.cac.pos_thresh_value, title).save(path)
     except OSError as error:
-        run.log.say(f"warning: picture {path} could not be written ({error.strerror}); going on")
+        run.log.print(f"warning: picture {path} could not be written ({error.strerror}); going on")
 
 
 def _second_opinion(networks: Sequence[nn.Module], protocol: Protocol, image: Tensor) -> Mapping[str, Tensor]:
@@ -81,15 +81,15 @@ def _second_opinion(networks: Sequence[nn.Module], protocol: Protocol, image: Te
 
 
 def _shown_pairs(
-    network: "CACNetwork", source: Source, names: Sequence[str], config: Config, run: Run
+    network: "CACNetwork", reader: Reader, names: Sequence[str], config: Config, run: Run
 ) -> Iterator[Shown]:
     """A pair of crops of every image, the same at every step of a run."""
     crop, seed = pair_crop(config), config.run.seed
     for number, (name, rng) in enumerate(zip(names, generators(seed, "pictures", range(len(names))))):
         try:
-            image = source.read_image(name)
+            image = reader.read_image(name)
         except UserError:
-            if source.skip_bad_files:  # training tells them
+            if reader.skip_bad_files:  # training tells them
                 continue
             raise
         pair = replace(crop.draw(image.shape[-2:], rng), flips=(False, False))
@@ -100,19 +100,19 @@ def _shown_pairs(
 
 @torch.no_grad()
 def _cell_predictions(network: "CACNetwork", views: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidence and class [2,h,w] of every cell of two views, normalised [2,3,H,W], on the CPU."""
+    """Confidence and class [2,h,w] of every cell of two views, normalized [2,3,H,W], on the CPU."""
     with evaluation_mode(network):
         cells = F.avg_pool2d(network.segmenter.features(views), 2)
         confidence, label = network.segmenter.classifier(cells).float().softmax(1).max(1)
     return confidence.cpu(), label.cpu()
 
 
-def _page(pairs: Sequence[Shown], source: Source, threshold: float, title: str) -> Image.Image:
-    """Every pair in a row of pictures, the class colours and what the others mean below."""
+def _page(pairs: Sequence[Shown], reader: Reader, threshold: float, title: str) -> Image.Image:
+    """Every pair in a row of pictures, the class colors and what the others mean below."""
     height = round(TILE * pairs[0].crops.shape[2] / pairs[0].crops.shape[3])
     title_font, font, small = (ImageFont.load_default(size) for size in (18, 14, 12))
     width, top = 2 * MARGIN + len(COLUMNS) * (TILE + GAP) - GAP, MARGIN + 56
-    entries = class_entries([shown.label for shown in pairs], source.palette, source.classes)
+    entries = class_entries([shown.label for shown in pairs], reader.palette, reader.classes)
     keys = [legend(each, width - 2 * MARGIN) for each in (MEANING, entries)]
     page = Image.new("RGB", (width, top + (height + 30) * len(pairs) + sum(key.height for key in keys) + GAP), PAGE)
     draw = ImageDraw.Draw(page)
@@ -122,7 +122,7 @@ def _page(pairs: Sequence[Shown], source: Source, threshold: float, title: str) 
         draw.text((left + TILE / 2, top - 10), column, INK, font, anchor="ms")
     y = top
     for shown in pairs:
-        for left, tile in zip(lefts, _tiles(shown, source.palette, threshold, (TILE, height))):
+        for left, tile in zip(lefts, _tiles(shown, reader.palette, threshold, (TILE, height))):
             page.paste(tile, (left, y))
         draw.text((MARGIN, y + height + 5), shown.name, FAINT, small)
         y += height + 30
@@ -136,7 +136,7 @@ def _tiles(shown: Shown, palette: np.ndarray, threshold: float, size: tuple[int,
     """The pictures of a row, (width, height) `size` each."""
     seen = (shown.crops * 255).round().byte().permute(0, 2, 3, 1).numpy()
     tiles = [Image.fromarray(one).resize(size, Image.Resampling.LANCZOS) for one in seen]
-    tiles += [Image.fromarray(colourise(one, palette)).resize(size, Image.Resampling.NEAREST) for one in shown.label]
+    tiles += [Image.fromarray(colorize(one, palette)).resize(size, Image.Resampling.NEAREST) for one in shown.label]
     for tile, area in zip(tiles, shown.pair.overlaps * 2):
         _outline(tile, area, shown.crops.shape[-2:])
     teaching = Image.fromarray(_teaching(shown.pair, shown.confidence, threshold))
@@ -144,7 +144,7 @@ def _tiles(shown: Shown, palette: np.ndarray, threshold: float, size: tuple[int,
 
 
 def _teaching(pair: Pair, confidence: Tensor, threshold: float) -> np.ndarray:
-    """uint8 [h,w,3], the cells of crop 1 in the colour of the crop that learns there."""
+    """uint8 [h,w,3], the cells of crop 1 in the color of the crop that learns there."""
     areas = [tuple(side // CELL for side in overlap) for overlap in pair.overlaps]
     common = tuple(one[top:bottom, left:right] for one, (top, left, bottom, right) in zip(confidence, areas))
     first, second = (mask.numpy()[..., None] for mask in directions(common, threshold))

@@ -20,11 +20,11 @@ from cac_cps.crops import CELL, Pair, augment_views, overlap_cells
 from cac_cps.losses import context_loss
 from cac_cps.panels import save_pair_panel
 from cac_cps.released import STEPS_PER_EPOCH
-from cac_cps.training import check_unlabeled, labeled_images, labeled_input, make_optimizer, pair_crop
+from cac_cps.training import augment_labeled, check_unlabeled, make_labeled_images, make_optimizer, pair_crop
 from common.config import parse
 from common.config.sections import ModelConfig
 from common.engine.run import Run
-from common.errors import UserError, told
+from common.errors import UserError, report_errors
 from common.evaluation.evaluate import evaluate_run
 from common.images import to_device
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
@@ -57,8 +57,8 @@ class CACNetwork(nn.Module):
         """One forward a step; labeled images and either view pass apart, which keeps the paper's batch norm.
 
         Args:
-            labeled: [B,3,H,W], normalised.
-            views: [B,2,3,H,W], normalised; None in the steps that learn from labels alone.
+            labeled: [B,3,H,W], normalized.
+            views: [B,2,3,H,W], normalized; None in the steps that learn from labels alone.
 
         Returns:
             `labeled`: logits [B,C,h,w]. With views also, for cells of 8 x 8 pixels, `embedding1`, `embedding2`:
@@ -162,7 +162,7 @@ def first_contrastive_step(config: Config, run: Run) -> int:
         return run.total
     epochs, begin = config.run.epochs or EPOCHS, config.method.cac.epoch_start_unsup
     if begin >= epochs:
-        run.log.say(f"warning: labels alone throughout: method.cac.epoch_start_unsup {begin:g}, epochs {epochs}")
+        run.log.print(f"warning: labels alone throughout: method.cac.epoch_start_unsup {begin:g}, epochs {epochs}")
     return round(run.total * begin / epochs)
 
 
@@ -185,7 +185,7 @@ def cells_per_process(config: Config, run: Run) -> int:
     return share
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, "cac_cps/train.py", argv)
     with Run(config, "cac_cps/train.py") as run:
@@ -195,44 +195,44 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: Config, run: Run) -> None:
     optim, method = config.optim, config.method.cac
 
-    source, split = open_data(config, run.accelerator)
+    reader, split = open_data(config, run.accelerator)
     run.set_length(max(1, len(split.labeled) // optim.batch_size) if method.supervised else STEPS_PER_EPOCH)
-    labeled_stream = labeled_images(source, split.labeled, config)
+    labeled_images = make_labeled_images(reader, split.labeled, config)
     if not method.supervised:
         check_unlabeled(split.unlabeled, config.data.lists)
-        unlabeled_stream = TrainingImages(
-            source, split.unlabeled, pair_crop(config), config.run.seed, "unlabeled", with_label=False
+        unlabeled_images = TrainingImages(
+            reader, split.unlabeled, pair_crop(config), config.run.seed, "unlabeled", with_label=False
         )
     selected_num = cells_per_process(config, run)
 
     network = CACNetwork(config.model, method.proj_final_dim)
     passes, rows = (method.step_save + 1) * optim.accumulation, 2 * selected_num * run.processes
-    bank = run.place(Bank(passes, rows, method.proj_final_dim))
+    bank = run.to_device(Bank(passes, rows, method.proj_final_dim))
     wrapped, optimizer = run.prepare(network, make_optimizer(config, network))
 
     run.resume(model=network.segmenter, extra={"projector": network.projector, "bank": bank}, optimizer=optimizer)
 
     def score() -> None:
-        run.report(evaluate_run(network.segmenter, source, split, run, protocol_of(config)))
-        save_pair_panel(network, source, split, config, run)
+        run.log_scores(evaluate_run(network.segmenter, reader, split, run, protocol_of(config)))
+        save_pair_panel(network, reader, split, config, run)
 
-    if run.evaluates:  # what a stop had cut short
+    if run.evaluation_due:  # what a stop had cut short
         score()
         run.save()
     begin = first_contrastive_step(config, run)
-    labeled_batches = StepBatches(labeled_stream, run)
-    unlabeled_batches = None if method.supervised else StepBatches(unlabeled_stream, run, first_step=begin)
+    labeled_batches = StepBatches(labeled_images, run)
+    unlabeled_batches = None if method.supervised else StepBatches(unlabeled_images, run, first_step=begin)
 
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
-        contrasts = step >= begin
-        for _ in run.passes(wrapped):
+        use_contrast = step >= begin
+        for _ in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
-                unlabeled: Batch | None = next(unlabeled_batches) if contrasts else None
+                unlabeled: Batch | None = next(unlabeled_batches) if use_contrast else None
             with record_function("augmentation"):
-                image = labeled_input(labeled, config)
-                views = augment_views(unlabeled.image, unlabeled.positions, config.run.seed) if contrasts else None
+                image = augment_labeled(labeled, config)
+                views = augment_views(unlabeled.image, unlabeled.positions, config.run.seed) if use_contrast else None
             with record_function("student"):
                 output = wrapped(image, views)
             with record_function("losses"):
@@ -240,7 +240,7 @@ def train(config: Config, run: Run) -> None:
                 supervised = cross_entropy(upsample(output["labeled"], size, corners), labeled.label)
                 values = {"loss_supervised": supervised}
                 loss = supervised
-                if contrasts:
+                if use_contrast:
                     overlap = cells_of(unlabeled.details, output, run)
                     cells = output["embedding1"][:, 0].numel()
                     selected = tuple(select_cells(cells, selected_num, run.device) for _ in (1, 2))
@@ -258,8 +258,8 @@ def train(config: Config, run: Run) -> None:
                 bank.recount()
 
         values = {"loss": loss} | values | {"lr": optimizer.param_groups[0]["lr"]}
-        run.finish_step(values, images=(3 if contrasts else 1) * optim.batch_size)
-        if run.evaluates:
+        run.finish_step(values, images=(3 if use_contrast else 1) * optim.batch_size)
+        if run.evaluation_due:
             score()
         run.save()
     run.finish()

@@ -16,16 +16,16 @@ from cac_cps.losses import cross_pseudo_loss, pseudo_label
 from cac_cps.panels import save_disagreement_panel
 from cac_cps.released import STEPS_PER_EPOCH
 from cac_cps.training import (
+    augment_labeled,
     check_unlabeled,
-    labeled_images,
-    labeled_input,
     labeled_loss,
+    make_labeled_images,
     make_optimizer,
-    unlabeled_images,
+    make_unlabeled_images,
 )
 from common.config import parse
 from common.engine.run import Run
-from common.errors import told
+from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run
 from common.images import normalize
 from common.loaders import Batch, StepBatches, open_data
@@ -34,7 +34,7 @@ from common.models.two_networks import TwoNetworks
 from common.optim import poly, set_lr
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, "cac_cps/train_semiseg.py", argv)
     with Run(config, "cac_cps/train_semiseg.py") as run:
@@ -44,11 +44,11 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: Config, run: Run) -> None:
     optim, weight = config.optim, cps_weight(config, cutmix=False)
 
-    source, split = open_data(config, run.accelerator)
+    reader, split = open_data(config, run.accelerator)
     check_unlabeled(split.unlabeled, config.data.lists)
     run.set_length(STEPS_PER_EPOCH)
-    labeled_stream = labeled_images(source, split.labeled, config)
-    unlabeled_stream = unlabeled_images(source, split.unlabeled, config, "unlabeled")
+    labeled_images = make_labeled_images(reader, split.labeled, config)
+    unlabeled_images = make_unlabeled_images(reader, split.unlabeled, config, "unlabeled")
 
     network = TwoNetworks(config.model)
     wrapped, optimizer = run.prepare(network, make_optimizer(config, network, config.method.cps.lr))
@@ -56,22 +56,22 @@ def train(config: Config, run: Run) -> None:
     run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
 
     def score() -> None:
-        run.report(evaluate_run(network.first, source, split, run, protocol_of(config)))
-        save_disagreement_panel((network.first, network.second), source, split, config, run)
+        run.log_scores(evaluate_run(network.first, reader, split, run, protocol_of(config)))
+        save_disagreement_panel((network.first, network.second), reader, split, config, run)
 
-    if run.evaluates:  # what a stop had cut short
+    if run.evaluation_due:  # what a stop had cut short
         score()
         run.save()
-    labeled_batches, unlabeled_batches = StepBatches(labeled_stream, run), StepBatches(unlabeled_stream, run)
+    labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
 
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
-        for _ in run.passes(wrapped):
+        for _ in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
                 unlabeled: Batch = next(unlabeled_batches)
             with record_function("augmentation"):
-                labeled_image, unlabeled_image = labeled_input(labeled, config), normalize(unlabeled.image)
+                labeled_image, unlabeled_image = augment_labeled(labeled, config), normalize(unlabeled.image)
             with record_function("student"):
                 output = wrapped(labeled_image, unlabeled_image)
             with record_function("teacher"):
@@ -97,7 +97,7 @@ def train(config: Config, run: Run) -> None:
             "lr": optimizer.param_groups[0]["lr"],
         }
         run.finish_step(values, images=2 * optim.batch_size)
-        if run.evaluates:
+        if run.evaluation_due:
             score()
         run.save()
     run.finish()

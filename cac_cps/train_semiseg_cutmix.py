@@ -15,17 +15,17 @@ from cac_cps.losses import cross_pseudo_loss, pseudo_label
 from cac_cps.panels import save_disagreement_panel
 from cac_cps.released import STEPS_PER_EPOCH
 from cac_cps.training import (
+    augment_labeled,
     check_unlabeled,
-    labeled_images,
-    labeled_input,
     labeled_loss,
+    make_labeled_images,
     make_optimizer,
-    unlabeled_images,
+    make_unlabeled_images,
 )
-from common.augment import mix, toggled_masks
+from common.augment import cutmix_box_masks, mix
 from common.config import parse
 from common.engine.run import Run
-from common.errors import told
+from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run
 from common.images import normalize
 from common.loaders import Batch, StepBatches, open_data
@@ -35,7 +35,7 @@ from common.optim import poly, set_lr
 from common.seeding import generators
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, "cac_cps/train_semiseg_cutmix.py", argv)
     with Run(config, "cac_cps/train_semiseg_cutmix.py") as run:
@@ -45,12 +45,14 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: Config, run: Run) -> None:
     optim, weight = config.optim, cps_weight(config, cutmix=True)
 
-    source, split = open_data(config, run.accelerator)
+    reader, split = open_data(config, run.accelerator)
     check_unlabeled(split.unlabeled, config.data.lists)
     run.set_length(STEPS_PER_EPOCH)
-    labeled_stream = labeled_images(source, split.labeled, config)
+    labeled_images = make_labeled_images(reader, split.labeled, config)
     # Two streams of the same images, drawn independently.
-    streams = [unlabeled_images(source, split.unlabeled, config, name) for name in ("unlabeled", "unlabeled, second")]
+    streams = [
+        make_unlabeled_images(reader, split.unlabeled, config, name) for name in ("unlabeled", "unlabeled, second")
+    ]
 
     network = TwoNetworks(config.model)
     wrapped, optimizer = run.prepare(network, make_optimizer(config, network, config.method.cps.lr))
@@ -58,25 +60,25 @@ def train(config: Config, run: Run) -> None:
     run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
 
     def score() -> None:
-        run.report(evaluate_run(network.first, source, split, run, protocol_of(config)))
-        save_disagreement_panel((network.first, network.second), source, split, config, run)
+        run.log_scores(evaluate_run(network.first, reader, split, run, protocol_of(config)))
+        save_disagreement_panel((network.first, network.second), reader, split, config, run)
 
-    if run.evaluates:  # what a stop had cut short
+    if run.evaluation_due:  # what a stop had cut short
         score()
         run.save()
-    labeled_batches, *unlabeled_batches = (StepBatches(stream, run) for stream in (labeled_stream, *streams))
+    labeled_batches, *unlabeled_batches = (StepBatches(stream, run) for stream in (labeled_images, *streams))
 
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
-        for _ in run.passes(wrapped):
+        for _ in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
                 unlabeled: list[Batch] = [next(batches) for batches in unlabeled_batches]
             with record_function("augmentation"):
-                labeled_image = labeled_input(labeled, config)
+                labeled_image = augment_labeled(labeled, config)
                 images = tuple(normalize(batch.image) for batch in unlabeled)
                 rngs = generators(config.run.seed, "boxes", unlabeled[0].positions)
-                mask = toggled_masks(rngs, config.data.crop_size, run.device)
+                mask = cutmix_box_masks(rngs, config.data.crop_size, run.device)
                 mixed = mix(images[1], images[0], mask)
             with record_function("teacher"):
                 (first_label,), (second_label,) = (
@@ -104,7 +106,7 @@ def train(config: Config, run: Run) -> None:
             "lr": optimizer.param_groups[0]["lr"],
         }
         run.finish_step(values, images=3 * optim.batch_size)
-        if run.evaluates:
+        if run.evaluation_due:
             score()
         run.save()
     run.finish()

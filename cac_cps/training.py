@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from cac_cps.config import Config
 from cac_cps.crops import JITTER, LongerSideCrop, PairCrop
 from common.augment import ScaleChoiceCrop, apply_photometric_batch, draw_photometric
-from common.datasets.reader import Source
+from common.datasets.reader import Reader
 from common.errors import UserError
 from common.images import normalize
 from common.loaders import Batch, TrainingImages, Transform
@@ -38,20 +38,21 @@ def pair_crop(config: Config) -> PairCrop:
     return PairCrop(data.crop_size, base, method.cac.scale_range, method.cac.iou_bound)
 
 
-def labeled_images(source: Source, names: list[str], config: Config) -> TrainingImages:
+def make_labeled_images(reader: Reader, names: list[str], config: Config) -> TrainingImages:
     """The stream of labeled images."""
-    return TrainingImages(source, names, single_crop(config), config.run.seed, "labeled", with_label=True)
+    return TrainingImages(reader, names, single_crop(config), config.run.seed, "labeled", with_label=True)
 
 
-def unlabeled_images(source: Source, names: list[str], config: Config, stream: str) -> TrainingImages:
+def make_unlabeled_images(reader: Reader, names: list[str], config: Config, stream: str) -> TrainingImages:
     """A stream of CPS's unlabeled images: one crop each, cut as those of labeled images."""
-    return TrainingImages(source, names, single_crop(config), config.run.seed, stream, with_label=False)
+    return TrainingImages(reader, names, single_crop(config), config.run.seed, stream, with_label=False)
 
 
-def labeled_input(batch: Batch, config: Config) -> Tensor:
-    """What a network sees of a labeled batch: normalised [B,3,H,W], with changed colours where the config says so."""
+def augment_labeled(batch: Batch, config: Config) -> Tensor:
+    """What a network sees of a labeled batch: normalized [B,3,H,W], with changed colors where the config says so."""
     if not config.method.jitter:
         return normalize(batch.image)
+    # The spelling is part of the seed: runs stay the same.
     rngs = generators(config.run.seed, "labeled colours", batch.positions)
     return normalize(apply_photometric_batch(batch.image / 255, [draw_photometric(rng, JITTER) for rng in rngs]))
 

@@ -28,9 +28,9 @@ from rich.table import Table
 from common import IGNORE
 from common.config import load_config, to_dict
 from common.config.files import Translation, flatten
-from common.config.parsing import let_given_lists_win, seed_split
+from common.config.parsing import override_split_source, seed_split
 from common.config.sections import DataConfig, SharedConfig
-from common.datasets import Source, open_source
+from common.datasets import Reader, open_reader
 from common.errors import UserError
 from common.splits.published import said_of
 from common.splits.split import Split, split_of
@@ -52,12 +52,12 @@ class Findings:
 
 
 def inspect(
-    source: Source, names: Sequence[str], with_labels: bool, progress: Callable[[Iterable], Iterable]
+    reader: Reader, names: Sequence[str], with_labels: bool, progress: Callable[[Iterable], Iterable]
 ) -> Findings:
     """Read the images of `names`, and their labels if `with_labels`; `progress` wraps the iterable of results."""
     findings = Findings(images=len(names))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for part in progress(pool.map(lambda name: _inspect_one(source, name, with_labels), names)):
+        for part in progress(pool.map(lambda name: _inspect_one(reader, name, with_labels), names)):
             findings.missing += part.missing
             findings.broken += part.broken
             findings.sizes += part.sizes
@@ -66,15 +66,15 @@ def inspect(
     return findings
 
 
-def _inspect_one(source: Source, name: str, with_labels: bool) -> Findings:
+def _inspect_one(reader: Reader, name: str, with_labels: bool) -> Findings:
     try:
-        source.image_path(name)
+        reader.image_path(name)
         if with_labels:
-            source.label_path(name)
+            reader.label_path(name)
     except UserError as error:
         return Findings(missing=1, faults=[str(error)])
     try:
-        image, label = source.read_pair(name) if with_labels else (source.read_image(name), None)
+        image, label = reader.read_pair(name) if with_labels else (reader.read_image(name), None)
     except UserError as error:
         return Findings(broken=1, faults=[str(error)])
     found = Findings(sizes=Counter([(image.shape[2], image.shape[1])]))
@@ -83,7 +83,7 @@ def _inspect_one(source: Source, name: str, with_labels: bool) -> Findings:
     return found
 
 
-def problems(config: SharedConfig, source: Source, split: Split, found: dict[str, Findings]) -> list[str]:
+def problems(config: SharedConfig, reader: Reader, split: Split, found: dict[str, Findings]) -> list[str]:
     """What is wrong with the lists and with what was found in their files, a line each."""
     told = []
     for name, findings in found.items():
@@ -97,8 +97,8 @@ def problems(config: SharedConfig, source: Source, split: Split, found: dict[str
     for name in ("labeled", "valid"):
         if not found[name].pixels[:IGNORE].any():
             told.append(f"{name}: no pixel of any class")
-    if len(source.classes) != config.model.num_classes:
-        told.append(f"model.num_classes is {config.model.num_classes}, but the data have {len(source.classes)} classes")
+    if len(reader.classes) != config.model.num_classes:
+        told.append(f"model.num_classes is {config.model.num_classes}, but the data have {len(reader.classes)} classes")
     return told
 
 
@@ -107,7 +107,7 @@ def _overlap(first: str, names: list[str], second: str, others: list[str], unles
     return [f"{len(both)} images are both {first} and {second}{unless}, {both[0]} for one"] if both else []
 
 
-def report(console: Console, source: Source, found: dict[str, Findings]) -> None:
+def report(console: Console, reader: Reader, found: dict[str, Findings]) -> None:
     lists = Table("list", "images", "missing", "broken", "sizes (width x height)", title="Lists")
     for name, findings in found.items():
         lists.add_row(name, *map(str, (findings.images, findings.missing, findings.broken)), _sizes(findings.sizes))
@@ -116,7 +116,7 @@ def report(console: Console, source: Source, found: dict[str, Findings]) -> None
     classes = Table("id", "class", title="Share of pixels, %")
     for name in ("labeled", "valid"):
         classes.add_column(name, justify="right")
-    for class_id, name in [*enumerate(source.classes), (IGNORE, "(ignore)")]:
+    for class_id, name in [*enumerate(reader.classes), (IGNORE, "(ignore)")]:
         shares = (_share(found[kind].pixels, class_id) for kind in ("labeled", "valid"))
         classes.add_row(str(class_id), name, *shares)
     console.print(classes)
@@ -141,25 +141,25 @@ def check(config: SharedConfig, console: Console) -> list[str]:
     Raises UserError when there is no tree or no split to report on.
     """
     _say(console, f"dataset: {config.data.dataset}")
-    source = open_source(config.data)
-    _say(console, f"layout: {source.layout}")
-    split = split_of(config.data, source, allow_overlap=True)
+    reader = open_reader(config.data)
+    _say(console, f"layout: {reader.layout}")
+    split = split_of(config.data, reader, allow_overlap=True)
     _say(console, f"split: {config.data.lists}")
     _say(console, said_of(split.labeled, split.unlabeled))
     found = {}
     watch = partial(track, console=console, transient=True, disable=not console.is_terminal)
     for name, names in (("labeled", split.labeled), ("unlabeled", split.unlabeled), ("valid", split.valid)):
         progress = partial(watch, description=name, total=len(names))
-        found[name] = inspect(source, names, name != "unlabeled", progress)
-    report(console, source, found)
-    _notes(console, source, config.data, split, found)
-    return problems(config, source, split, found)
+        found[name] = inspect(reader, names, name != "unlabeled", progress)
+    report(console, reader, found)
+    _notes(console, reader, config.data, split, found)
+    return problems(config, reader, split, found)
 
 
-def _notes(console: Console, source: Source, data: DataConfig, split: Split, found: dict[str, Findings]) -> None:
+def _notes(console: Console, reader: Reader, data: DataConfig, split: Split, found: dict[str, Findings]) -> None:
     unseen = [
         name
-        for class_id, name in enumerate(source.classes)
+        for class_id, name in enumerate(reader.classes)
         if found["valid"].pixels[class_id] and not found["labeled"].pixels[class_id]
     ]
     if unseen:
@@ -222,7 +222,7 @@ def read_config(argv: Sequence[str]) -> SharedConfig:
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
     config = SharedConfig(sections.data, sections.model, sections.run)
-    let_given_lists_win(config.data, {argument.split("=")[0] for argument in overrides})
+    override_split_source(config.data, {argument.split("=")[0] for argument in overrides})
     seed_split(config)
     return config
 

@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 
 from common.datasets.shapes import LOOKS, WRITERS, make_shapes
-from common.errors import told
+from common.errors import report_errors
 
 
-@told
+@report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the built-in data.")
     parser.add_argument("root", type=Path, help="folder of the tree; what is there already stays as it is")

@@ -22,7 +22,7 @@ class UserError(Exception):
     """A mistake the user can mend. The message says what is wrong, where, and what to do."""
 
 
-def told(main: Callable[..., None]) -> Callable[..., None]:
+def report_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a script's `main`: what a user can mend is told in plain words, and the process ends with a status.
 
     2: a `UserError`, or too little memory. 1: another process of the run ended or does not answer.

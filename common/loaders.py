@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from common.datasets import open_source
-from common.datasets.reader import Source
+from common.datasets import open_reader
+from common.datasets.reader import Reader
 from common.errors import UserError
 from common.seeding import generator
 from common.splits.split import Split, split_of
@@ -33,7 +33,7 @@ class Batch:
     """Images of one stream.
 
     Attributes:
-        image: uint8 [B,3,H,W], not normalised.
+        image: uint8 [B,3,H,W], not normalized.
         label: int64 [B,H,W], 255 = ignore; None in the unlabeled stream.
         names: Ids of the images.
         positions: Their positions in the stream: what random numbers of later augmentation are derived from.
@@ -63,7 +63,7 @@ class TrainingImages(Dataset):
     """Images (and labels) of a list, augmented by `transform`, addressed by (index, position).
 
     Args:
-        source: Reader of the dataset.
+        reader: Reader of the dataset.
         names: Ids of the images.
         transform: Augmentation of one image.
         seed: Seed of the run.
@@ -75,14 +75,14 @@ class TrainingImages(Dataset):
     """
 
     def __init__(
-        self, source: Source, names: list[str], transform: Transform, seed: int, stream: str, with_label: bool
+        self, reader: Reader, names: list[str], transform: Transform, seed: int, stream: str, with_label: bool
     ) -> None:
-        self.source, self.names, self.transform = source, names, transform
+        self.reader, self.names, self.transform = reader, names, transform
         self.seed, self.stream, self.with_label = seed, stream, with_label
         if not names:
             raise UserError(f"the {stream} list is empty: there is nothing to train on")
-        if not source.skip_bad_files:
-            check_files(source, names, with_label)
+        if not reader.skip_bad_files:
+            check_files(reader, names, with_label)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -91,10 +91,10 @@ class TrainingImages(Dataset):
         index, position = key
         bad: list[UserError] = []
         # Where bad files are skipped, the next image of the list stands in: the same one on any number of processes.
-        for following in range(len(self.names) if self.source.skip_bad_files else 1):
+        for following in range(len(self.names) if self.reader.skip_bad_files else 1):
             name = self.names[(index + following) % len(self.names)]
             try:
-                image, label = self.source.read_pair(name) if self.with_label else (self.source.read_image(name), None)
+                image, label = self.reader.read_pair(name) if self.with_label else (self.reader.read_image(name), None)
             except UserError as error:
                 bad.append(error)
                 continue
@@ -175,14 +175,14 @@ class StepBatches:
 
     def __next__(self) -> Batch:
         batch = next(self._batches)
-        self._run.check_batch(batch)
+        self._run.register_batch(batch)
         return batch.to(self._run.device)
 
     def __iter__(self) -> "StepBatches":
         return self
 
 
-def open_data(config: Any, accelerator: Accelerator) -> tuple[Source, Split]:
+def open_data(config: Any, accelerator: Accelerator) -> tuple[Reader, Split]:
     """The reader and the lists of a script's config, checked before training.
 
     Raises:
@@ -191,13 +191,13 @@ def open_data(config: Any, accelerator: Accelerator) -> tuple[Source, Split]:
     """
     data = config.data
     with accelerator.main_process_first():  # the built-in data are made by one process
-        source = open_source(data)
-        source.skip_bad_files = data.skip_bad_files
-        split = split_of(data, source)
-    if len(source.classes) != config.model.num_classes:
+        reader = open_reader(data)
+        reader.skip_bad_files = data.skip_bad_files
+        split = split_of(data, reader)
+    if len(reader.classes) != config.model.num_classes:
         raise UserError(
-            f"model.num_classes is {config.model.num_classes}, but {data.root} has {len(source.classes)} classes "
-            f"({', '.join(source.classes[:4])}, ...)"
+            f"model.num_classes is {config.model.num_classes}, but {data.root} has {len(reader.classes)} classes "
+            f"({', '.join(reader.classes[:4])}, ...)"
         )
     seen = sorted(set(split.valid) & {*split.labeled, *split.unlabeled})
     if seen and not data.allow_overlap:
@@ -205,11 +205,11 @@ def open_data(config: Any, accelerator: Accelerator) -> tuple[Source, Split]:
             f"{data.lists}: {len(seen)} validation images are also trained on, {seen[0]} for one: "
             "mend the lists, or accept it with data.allow_overlap"
         )
-    check_files(source, split.valid, with_label=True)
-    return source, split
+    check_files(reader, split.valid, with_label=True)
+    return reader, split
 
 
-def check_files(source: Source, names: Sequence[str], with_label: bool) -> None:
+def check_files(reader: Reader, names: Sequence[str], with_label: bool) -> None:
     """Make sure before training that every image, and with `with_label` every label, is there and is a picture.
 
     Only headers are read. `python -m common.check_data` decodes everything.
@@ -218,7 +218,7 @@ def check_files(source: Source, names: Sequence[str], with_label: bool) -> None:
         UserError: naming the first file that is missing or no picture, or both where sizes differ.
     """
     with ThreadPoolExecutor(16) as pool:  # mostly waiting for a disk
-        for _ in pool.map(lambda name: source.check_size(name, with_label), names):
+        for _ in pool.map(lambda name: reader.check_size(name, with_label), names):
             pass
 
 

@@ -26,20 +26,20 @@ from common.config.sections import ModelConfig, RunConfig
 from common.datasets.folder import IMAGE_SUFFIXES
 from common.datasets.reader import picture_size, read_picture
 from common.engine.devices import accelerator_on
-from common.errors import OUT_OF_MEMORY, UserError, told
+from common.errors import OUT_OF_MEMORY, UserError, report_errors
 from common.evaluation.cli import protocol_from
 from common.evaluation.export import export_network
 from common.evaluation.inference import Protocol, predict
-from common.evaluation.metainfo import plain_usage, read_usage
-from common.evaluation.selection import Target, find_targets
+from common.evaluation.metainfo import default_metainfo, read_metainfo
+from common.evaluation.selection import CheckpointRef, find_targets
 from common.models import build_network
 from common.models.weights import load_state, read_state
 from common.visual import overlay, save_label
 
 KINDS = ("overlay", "mask", "probability")
 SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff")
-PATIENCE = 5.0  # seconds without a word
-PIXELS_AT_ONCE = 2**20
+PROGRESS_SECONDS = 5.0  # seconds without a word
+MAX_BATCH_PIXELS = 2**20
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Sections:
     run: RunConfig
 
 
-@told
+@report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = _parser().parse_args(argv)
@@ -60,23 +60,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--out FOLDER is missing: where the pictures go")
     run, target = find_checkpoint(args.run, args.which)
     config = load_config(Sections, run / "config.json", only_known=True)
-    usage = read_usage(run, config.model.num_classes)
+    metainfo = read_metainfo(run, config.model.num_classes)
     accelerator = accelerator_on(args.devices, config.run.precision, argv)
     say = accelerator.print
-    if usage is None:
+    if metainfo is None:
         say(f"note: {run} was not evaluated yet: classes have numbers for names, and images are taken whole")
-        usage = plain_usage(config.model.num_classes)
-    protocol = protocol_from(args, usage.protocol)
+        metainfo = default_metainfo(config.model.num_classes)
+    protocol = protocol_from(args, metainfo.protocol)
     network = build_network(replace(config.model, pretrained=False)).eval()
     load_state(network, read_state(target.file), str(target.file), f"the network of {run / 'config.json'}")
     say(f"{target.file} ({protocol.describe()})")
     if args.export is not None:
-        export_network(network, replace(usage, protocol=protocol), args.export)
-        say(f"written to {args.export}: an image in, probabilities of {len(usage.classes)} classes out")
+        export_network(network, replace(metainfo, protocol=protocol), args.export)
+        say(f"written to {args.export}: an image in, probabilities of {len(metainfo.classes)} classes out")
         return
     files = find_images(args.images, args.out)
     network.to(accelerator.device)
-    counts = _predict_all(network, files, args, usage.palette, protocol, accelerator)
+    counts = _predict_all(network, files, args, metainfo.palette, protocol, accelerator)
     done, bad = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
     say(f"{done} of {len(files)} images: {', '.join(args.save)} in {args.out}")
     accelerator.end_training()
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{bad} of {len(files)} images could not be read; they are named above")
 
 
-def find_checkpoint(given: Path, which: str | None) -> tuple[Path, Target]:
+def find_checkpoint(given: Path, which: str | None) -> tuple[Path, CheckpointRef]:
     """The run folder and the weights that are meant.
 
     Args:
@@ -200,7 +200,7 @@ def _batches(
 
 def _parts(sizes: dict[tuple[int, int], list[str]], batch_size: int | None) -> Iterator[list[str]]:
     for (width, height), names in sizes.items():
-        count = batch_size or max(1, PIXELS_AT_ONCE // (width * height))
+        count = batch_size or max(1, MAX_BATCH_PIXELS // (width * height))
         yield from (names[start : start + count] for start in range(0, len(names), count))
 
 
@@ -256,7 +256,7 @@ class _Told:
     def advance(self, count: int) -> None:
         self._done += count
         self._progress.update(self._task, advance=count)
-        if self._tells and self._progress.disable and time.monotonic() - self._last > PATIENCE:
+        if self._tells and self._progress.disable and time.monotonic() - self._last > PROGRESS_SECONDS:
             self._last = time.monotonic()
             print(f"predicting: {100 * self._done // self._total} % done", flush=True)
 
@@ -271,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder for the pictures")
     parser.add_argument(
         "--save", nargs="+", choices=KINDS, default=["overlay", "mask"],
-        help="overlay: image under the classes' colours; mask: PNG of class ids; probability: float16 [C,H,W] as .npy",
+        help="overlay: image under the classes' colors; mask: PNG of class ids; probability: float16 [C,H,W] as .npy",
     )  # fmt: skip
     parser.add_argument("-e", dest="which", help="best, last or a number, as for eval.py; by default best, else last")
     parser.add_argument("-d", "--devices", help="cpu, 0, 0,1, 0-3 or * (all GPUs); by default one GPU, else the CPU")

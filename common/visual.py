@@ -1,4 +1,4 @@
-"""Pictures: labels in colour, panels of samples, learning curves."""
+"""Pictures: labels in color, panels of samples, learning curves."""
 
 import json
 import math
@@ -19,7 +19,7 @@ PAGE, INK, FAINT = (240, 240, 243), (30, 30, 35), (115, 115, 125)
 TILE = 256  # width of a picture in a panel, pixels
 LIGHT, DARK = (230, 230, 232), (45, 45, 50)  # of bool maps
 MARGIN, GAP, SWATCH = 20, 8, 14
-# Dark blue over teal to yellow: lightness rises with confidence, also in print and for the colour-blind.
+# Dark blue over teal to yellow: lightness rises with confidence, also in print and for the color-blind.
 CONFIDENCE_STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
@@ -47,8 +47,8 @@ class Sample:
     maps: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def colourise(label: Tensor | np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Class ids [H,W] as colours uint8 [H,W,3]; 255 (ignore) is white.
+def colorize(label: Tensor | np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Class ids [H,W] as colors uint8 [H,W,3]; 255 (ignore) is white.
 
     Args:
         palette: uint8 [256,3].
@@ -57,25 +57,25 @@ def colourise(label: Tensor | np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def save_label(label: Tensor | np.ndarray, palette: np.ndarray, path: Path) -> None:
-    """Write class ids [H,W] as a PNG that holds the ids and shows the colours."""
+    """Write class ids [H,W] as a PNG that holds the ids and shows the colors."""
     picture = Image.fromarray(np.asarray(label).astype(np.uint8)).convert("P")
     picture.putpalette(_with_ignore(palette).tobytes())
     picture.save(path)
 
 
 def save_ids(label: Tensor | np.ndarray, path: Path) -> None:
-    """Write class ids [H,W] as a grey PNG, a pixel's value the id."""
+    """Write class ids [H,W] as a gray PNG, a pixel's value the id."""
     Image.fromarray(np.asarray(label).astype(np.uint8)).save(path)
 
 
 def overlay(image: Tensor, label: Tensor | np.ndarray, palette: np.ndarray, opacity: float = 0.55) -> Image.Image:
-    """An image uint8 [3,H,W] under the colours of class ids [H,W]; where classes meet, the border is white.
+    """An image uint8 [3,H,W] under the colors of class ids [H,W]; where classes meet, the border is white.
 
     A black class (VOC's background) leaves the image as it is.
     """
-    colours, ids = colourise(label, palette), np.asarray(label)
-    shares = opacity * colours.any(-1, keepdims=True)
-    mixed = (1 - shares) * _image(image) + shares * colours
+    colors, ids = colorize(label, palette), np.asarray(label)
+    shares = opacity * colors.any(-1, keepdims=True)
+    mixed = (1 - shares) * _image(image) + shares * colors
     border = np.zeros(ids.shape, bool)
     border[:-1] |= ids[:-1] != ids[1:]
     border[:, :-1] |= ids[:, :-1] != ids[:, 1:]
@@ -92,11 +92,11 @@ def side_by_side(pictures: Sequence[np.ndarray], gap: int = 15) -> Image.Image:
 
 def compare(sample: Sample, palette: np.ndarray) -> Image.Image:
     """Image, prediction and label of a sample side by side; ignored pixels are white in the last two."""
-    prediction = colourise(sample.prediction, palette)
+    prediction = colorize(sample.prediction, palette)
     pictures = [_image(sample.image), prediction]
     if sample.label is not None:
         prediction[np.asarray(sample.label) == IGNORE] = IGNORE_COLOUR
-        pictures.append(colourise(sample.label, palette))
+        pictures.append(colorize(sample.label, palette))
     return side_by_side(pictures)
 
 
@@ -147,26 +147,26 @@ def panel(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str]
 def class_entries(
     maps: Sequence[Tensor | np.ndarray], palette: np.ndarray, classes: Sequence[str]
 ) -> list[tuple[str, tuple]]:
-    """Names and colours of the classes that occur in maps of class ids; bool maps have none.
+    """Names and colors of the classes that occur in maps of class ids; bool maps have none.
 
     Args:
         palette: uint8 [256,3].
         classes: Names, by class id.
     """
     present = np.unique(np.concatenate([np.unique(m) for m in map(np.asarray, maps) if m.dtype != bool]))
-    colours = _with_ignore(palette)
+    colors = _with_ignore(palette)
     names = dict(enumerate(classes)) | {IGNORE: "ignore"}
-    return [(names[index], tuple(colours[index].tolist())) for index in present.tolist()]
+    return [(names[index], tuple(colors[index].tolist())) for index in present.tolist()]
 
 
 def legend(entries: Sequence[tuple[str, tuple]], width: int) -> Image.Image:
-    """Swatches with the names of their colours, in lines of at most `width` pixels."""
+    """Swatches with the names of their colors, in lines of at most `width` pixels."""
     font = ImageFont.load_default(14)
     places, height = _flow(entries, font, width)
     strip = Image.new("RGB", (width, height + 2 * GAP), PAGE)
     draw = ImageDraw.Draw(strip)
-    for (name, colour), (x, y) in zip(entries, places):
-        draw.rectangle((x, y + GAP, x + SWATCH, y + GAP + SWATCH), fill=colour, outline=FAINT)
+    for (name, color), (x, y) in zip(entries, places):
+        draw.rectangle((x, y + GAP, x + SWATCH, y + GAP + SWATCH), fill=color, outline=FAINT)
         draw.text((x + SWATCH + 6, y + GAP + SWATCH / 2), name, INK, font, anchor="lm")
     return strip
 
@@ -267,13 +267,13 @@ def _tile(sample: Sample, column: str, palette: np.ndarray, size: tuple[int, int
         return Image.fromarray(_image(content)).resize(size, Image.Resampling.LANCZOS)
     content = np.asarray(content)
     if content.dtype == bool:
-        colours = np.where(content[..., None], LIGHT, DARK).astype(np.uint8)
+        colors = np.where(content[..., None], LIGHT, DARK).astype(np.uint8)
     else:
-        colours = _confidence_colours(content) if column == "confidence" else colourise(content, palette)
-    return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
+        colors = _confidence_colors(content) if column == "confidence" else colorize(content, palette)
+    return Image.fromarray(colors).resize(size, Image.Resampling.NEAREST)
 
 
-def _confidence_colours(confidence: np.ndarray) -> np.ndarray:
+def _confidence_colors(confidence: np.ndarray) -> np.ndarray:
     """[...] in [0,1] to uint8 [...,3]."""
     stops = np.linspace(0, 1, len(CONFIDENCE_STOPS))
     channels = [np.interp(confidence, stops, channel) for channel in zip(*CONFIDENCE_STOPS)]
@@ -281,8 +281,8 @@ def _confidence_colours(confidence: np.ndarray) -> np.ndarray:
 
 
 def _confidence_key(page: Image.Image, draw: ImageDraw.ImageDraw, left: int, y: int, font) -> None:
-    """A bar of the confidence colours from 0 to 1 below their column."""
-    bar = _confidence_colours(np.tile(np.linspace(0, 1, TILE - 40), (8, 1)))
+    """A bar of the confidence colors from 0 to 1 below their column."""
+    bar = _confidence_colors(np.tile(np.linspace(0, 1, TILE - 40), (8, 1)))
     page.paste(Image.fromarray(bar), (left + 20, y))
     draw.text((left + 10, y + 4), "0", FAINT, font, anchor="mm")
     draw.text((left + TILE - 10, y + 4), "1", FAINT, font, anchor="mm")

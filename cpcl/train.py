@@ -16,11 +16,11 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 from torch import Tensor
 from torch.profiler import record_function
 
-from common.augment import ScaleChoiceCrop, mix, toggled_masks
+from common.augment import ScaleChoiceCrop, cutmix_box_masks, mix
 from common.config import parse
 from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.engine.run import Run
-from common.errors import UserError, told
+from common.errors import UserError, report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.evaluation.inference import Protocol, sum_logits
 from common.images import normalize
@@ -125,7 +125,7 @@ def shown_labels(network: TwoNetworks, protocol: Protocol, image: Tensor) -> Map
     }
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, "cpcl/train.py", argv)
     with Run(config, "cpcl/train.py") as run:
@@ -136,13 +136,13 @@ def train(config: Config, run: Run) -> None:
     optim, method = config.optim, config.method
     check_method(config)
 
-    source, split = open_data(config, run.accelerator)
+    reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), len(split.unlabeled), optim.batch_size))
     crop, seed = ScaleChoiceCrop(config.data.crop_size, method.train_scale_array, BEYOND), config.run.seed
-    labeled_images = TrainingImages(source, split.labeled, crop, seed, "labeled", with_label=True)
+    labeled_images = TrainingImages(reader, split.labeled, crop, seed, "labeled", with_label=True)
     # Two streams of the same images, drawn independently.
     unlabeled_images = [
-        TrainingImages(source, split.unlabeled, crop, seed, stream, with_label=False)
+        TrainingImages(reader, split.unlabeled, crop, seed, stream, with_label=False)
         for stream in ("unlabeled", "unlabeled, second")
     ]
 
@@ -155,25 +155,25 @@ def train(config: Config, run: Run) -> None:
 
     def score() -> None:
         protocol = protocol_of(config)
-        run.report(evaluate_run(network.first, source, split, run, protocol))
+        run.log_scores(evaluate_run(network.first, reader, split, run, protocol))
         maps = partial(shown_labels, network, protocol)
-        save_panel(network.first, source, split, run, maps=maps, protocol=protocol)
+        save_panel(network.first, reader, split, run, maps=maps, protocol=protocol)
 
-    if run.evaluates:  # what a stop had cut short
+    if run.evaluation_due:  # what a stop had cut short
         score()
         run.save()
     labeled_batches, *unlabeled_batches = (StepBatches(images, run) for images in (labeled_images, *unlabeled_images))
 
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
-        for _ in run.passes(wrapped):
+        for _ in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
                 unlabeled: list[Batch] = [next(batches) for batches in unlabeled_batches]
             with record_function("augmentation"):
                 images = tuple(normalize(batch.image) for batch in unlabeled)
                 rngs = generators(config.run.seed, "boxes", unlabeled[0].positions)
-                mask = toggled_masks(rngs, config.data.crop_size, run.device, *boxes)
+                mask = cutmix_box_masks(rngs, config.data.crop_size, run.device, *boxes)
                 mixed = mix(images[1], images[0], mask)
             with record_function("teacher"):
                 first, second = (
@@ -210,7 +210,7 @@ def train(config: Config, run: Run) -> None:
             "lr": optimizer.param_groups[0]["lr"],
         }
         run.finish_step(values, images=3 * optim.batch_size)
-        if run.evaluates:
+        if run.evaluation_due:
             score()
         run.save()
     run.finish()

@@ -27,7 +27,7 @@ class Prototypes(nn.Module):
     """A running mean of every class's representations, the same on all processes.
 
     Attributes:
-        mean: [C,D], raw (not normalised); zeros for a class that was never seen.
+        mean: [C,D], raw (not normalized); zeros for a class that was never seen.
         seen: bool [C], whether the class was ever present.
     """
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from common import IGNORE
-from common.augment import apply_geometry_batch, draw_geometry, mix_batch, recolor_and_flip
-from common.augment.views import CropTransform, labeled_view
+from common.augment import apply_geometry_batch, color_jitter_blur_flip, draw_geometry, mix_batch
+from common.augment.views import CropTransform, augment_labeled
 from common.config import parse
 from common.config.sections import DataConfig, ModelConfig, NonPositiveFloat, OptimConfig, RunConfig
 from common.engine.run import Run
-from common.errors import told
+from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.evaluation.inference import evaluation_mode
 from common.images import normalize
@@ -139,7 +139,7 @@ class CSSNetwork(nn.Module):
         self.representation = conv_head(feature_channels, model.channels, embedding_dim)
 
     def both_spaces(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images [B,3,H,W] -> logits [B,C,h,w] and representation [B,D,h,w]."""
+        """Normalized images [B,3,H,W] -> logits [B,C,h,w] and representation [B,D,h,w]."""
         feature = self.segmenter.features(image)
         return self.segmenter.classifier(feature), self.representation(feature)
 
@@ -147,7 +147,7 @@ class CSSNetwork(nn.Module):
         """One forward a step; the two batches pass apart, which keeps the paper's batch-norm statistics.
 
         Args:
-            labeled, unlabeled: Normalised images [B,3,H,W].
+            labeled, unlabeled: Normalized images [B,3,H,W].
 
         Returns:
             `labeled`, `unlabeled`: logits [B,C,h,w]; `representation`: [2B,D,h,w], labeled first.
@@ -184,7 +184,7 @@ def teacher_labels(
 def augment_unlabeled(
     image: Tensor, pseudo_label: Tensor, confidence: Tensor, positions: Sequence[int], config: Config, run: Run
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two passes with a mix between them: scale and crop; mix with the next image; colours, blur and mirror.
+    """Two passes with a mix between them: scale and crop; mix with the next image; colors, blur and mirror.
 
     Args:
         image: float [B,3,H,W] in [0,1].
@@ -198,7 +198,7 @@ def augment_unlabeled(
     views = apply_geometry_batch(image, pseudo_label, confidence, geometries, crop)
     following = run.from_next_process(*(view[0] for view in views))
     image, pseudo_label, confidence = mix_batch(config.method.mix_mode, *views, rngs, following)
-    return recolor_and_flip(image, pseudo_label, confidence, rngs)
+    return color_jitter_blur_flip(image, pseudo_label, confidence, rngs)
 
 
 def supervised_loss(logits: Tensor, label: Tensor, method: Method) -> Tensor:
@@ -294,7 +294,7 @@ def space_maps(image: Tensor, teacher: nn.Module, memory: Prototypes) -> dict[st
     return {"logit space": by_logits, "representation space": by_similarity, "agreement": agreement}
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, "css/train.py", argv)
     with Run(config, "css/train.py") as run:
@@ -304,29 +304,29 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: Config, run: Run) -> None:
     optim, method = config.optim, config.method
 
-    source, split = open_data(config, run.accelerator)
+    reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
     cropped = CropTransform(config.data.crop_size)
-    labeled_images = TrainingImages(source, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
-    unlabeled_images = TrainingImages(source, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
+    labeled_images = TrainingImages(reader, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
+    unlabeled_images = TrainingImages(reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
 
     network = CSSNetwork(config.model, method.embedding_dim)
-    teacher = run.place(make_teacher(network))
-    memory = run.place(Prototypes(config.model.num_classes, method.embedding_dim))
+    teacher = run.to_device(make_teacher(network))
+    memory = run.to_device(Prototypes(config.model.num_classes, method.embedding_dim))
     wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": list(network.parameters())}]))
     if warning := unreachable_thresholds(method, config.model.num_classes):
-        run.log.say(f"warning: {warning}")
+        run.log.print(f"warning: {warning}")
 
     extra = {"student": network, "teacher_representation": teacher.representation, "prototypes": memory}
     run.resume(model=teacher.segmenter, extra=extra, optimizer=optimizer)
 
     def score() -> None:
-        run.report(evaluate_run(teacher.segmenter, source, split, run))
+        run.log_scores(evaluate_run(teacher.segmenter, reader, split, run))
         maps = partial(space_maps, teacher=teacher, memory=memory)
-        save_panel(teacher.segmenter, source, split, run, maps=maps)
+        save_panel(teacher.segmenter, reader, split, run, maps=maps)
 
-    if run.evaluates:  # what a stop had cut short
+    if run.evaluation_due:  # what a stop had cut short
         score()
         run.save()
     labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
@@ -335,12 +335,12 @@ def train(config: Config, run: Run) -> None:
         set_lr(optimizer, poly(step, run.total, optim.poly_power), floor=LR_FLOOR)
         epoch = epoch_of(step, run, method)
         weight = contrastive_weight(epoch, method)
-        for _ in run.passes(wrapped):
+        for _ in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
                 unlabeled: Batch = next(unlabeled_batches)
             with record_function("augmentation"):
-                labeled_image, label = labeled_view(labeled.image, labeled.label, labeled.positions, config.run.seed)
+                labeled_image, label = augment_labeled(labeled.image, labeled.label, labeled.positions, config.run.seed)
             with record_function("teacher"):
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = teacher_labels(
@@ -381,7 +381,7 @@ def train(config: Config, run: Run) -> None:
             },
             images=2 * optim.batch_size,
         )
-        if run.evaluates:
+        if run.evaluation_due:
             score()
         run.save()
     run.finish()

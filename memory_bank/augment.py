@@ -1,6 +1,6 @@
-"""Weak and strong views: ClassMix, scale and crop, mirror, colours, blur (section 4.2 of the paper and its release).
+"""Weak and strong views: ClassMix, scale and crop, mirror, colors, blur (section 4.2 of the paper and its release).
 
-Apart from the factors of the colours and the mixed classes every choice is one for a whole batch. Images are float in
+Apart from the factors of the colors and the mixed classes every choice is one for a whole batch. Images are float in
 [0, 1], padding is black.
 """
 
@@ -32,7 +32,7 @@ class Ranges:
 
     Attributes:
         mix_probability: Of ClassMix.
-        jitter_probability: Of changed colours.
+        jitter_probability: Of changed colors.
         jitter: Largest change of brightness and contrast; saturation changes by half of it, hue by a third of a turn
             times it.
         blur_probability: Of a blur.
@@ -61,7 +61,7 @@ class Choice:
         scale: Factor of the size; 1 leaves everything as it is.
         corner: Where a crop of the enlarged images begins, as shares (row, column) of the places there are.
         flips: Whether the images are mirrored.
-        colors: The order of the four changes of colour; empty: none.
+        colors: The order of the four changes of color; empty: none.
         blurs: Whether the images are blurred.
     """
 
@@ -89,7 +89,7 @@ def draw_choice(rng: Generator, ranges: Ranges) -> Choice:
 
 
 def draw_factors(rng: Generator, jitter: float) -> dict[str, float]:
-    """Amounts of an image's changes of colour, by name. Brightness is added to, hue is in turns."""
+    """Amounts of an image's changes of color, by name. Brightness is added to, hue is in turns."""
     widths = {"brightness": jitter, "contrast": jitter, "saturation": jitter / 2, "hue": jitter / 3}
     middle = {"brightness": 0.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
     return {name: float(rng.uniform(middle[name] - width, middle[name] + width)) for name, width in widths.items()}
@@ -112,7 +112,7 @@ def view(
         label: int64 [B,H,W].
         confidence: [B,H,W].
         choice: Of the whole batch, over all processes.
-        ranges: Of the colours.
+        ranges: Of the colors.
         rngs: One generator an image.
         with_background: Whether class 0 is mixed like any other.
         from_next: The tensors with which the next process calls it: images mix with the next one of all processes.
@@ -198,7 +198,7 @@ def rescale(image: Tensor, label: Tensor, confidence: Tensor, choice: Choice) ->
     return F.pad(image, padding), F.pad(label, padding, value=IGNORE), F.pad(confidence, padding)
 
 
-# ---- colours and blur, of images in [0, 1]
+# ---- colors and blur, of images in [0, 1]
 
 
 def _brightness(image: Tensor, amounts: Sequence[float]) -> Tensor:

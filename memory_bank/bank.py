@@ -103,14 +103,14 @@ def correct_and_confident(logits: Tensor, label: Tensor, threshold: float, align
     size = logits.shape[-2:]
     full = upsample(logits, label.shape[-2:], align_corners)
     rows, columns = (
-        nearest(torch.arange(side, device=label.device).view(1, 1, -1), (1, small))[0, 0]
+        nearest_labels(torch.arange(side, device=label.device).view(1, 1, -1), (1, small))[0, 0]
         for side, small in zip(label.shape[-2:], size)
     )
     confidence, predicted = full.index_select(2, rows).index_select(3, columns).softmax(1).max(1)
-    label = nearest(label, size)
+    label = nearest_labels(label, size)
     return torch.where((predicted == label) & (confidence > threshold), label, 255)
 
 
-def nearest(label: Tensor, size: tuple[int, int]) -> Tensor:
+def nearest_labels(label: Tensor, size: tuple[int, int]) -> Tensor:
     """int64 [B,H,W] -> [B,*size]: the pixel at floor(i * H / h), torch's legacy `nearest`."""
     return F.interpolate(label.unsqueeze(1).float(), size, mode="nearest").squeeze(1).long()

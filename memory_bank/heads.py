@@ -174,7 +174,7 @@ class Selectors(nn.Module):
     def _scale_and_shift(
         self, hidden: Tensor, share: Tensor, owner: Tensor, mean: Tensor, number: Tensor, active: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[C,F] each: what normalises the map's results, from which its result for the mean row is already off."""
+        """[C,F] each: what normalizes the map's results, from which its result for the mean row is already off."""
         own_mean = (self.first_weight @ mean.unsqueeze(2)).squeeze(2) + self.first_bias
         if not self.training:
             scale = self.weight * torch.rsqrt(self.running_var + EPSILON)

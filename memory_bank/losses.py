@@ -16,7 +16,7 @@ def contrastive_loss(rows: Tensor, label: Tensor, bank: Bank, selectors: Selecto
     """Mean over the C classes of sum_i r_i (1 - x_i mu_c) / M_c, r_i = s_i / mean(s), s_i of the class's selector.
 
     The release compares each of the M_c rows x_i of a class with each of the N rows of its bank (paper, equation 5).
-    The bank's rows have equal weights (the release normalises theirs over an axis of length 1), so that the mean of
+    The bank's rows have equal weights (the release normalizes theirs over an axis of length 1), so that the mean of
     the distances 1 - x_i m_j over j is the distance to mu_c, the mean of the bank's rows m_j: the same value and
     gradients, without a matrix of rows by rows. Classes with fewer than two rows on either side add 0. Rows and means
     of all processes are taken together.

@@ -11,7 +11,7 @@ from common.config.sections import ModelConfig
 from common.evaluation.inference import evaluation_mode
 from common.losses import upsample
 from common.models import build_network
-from memory_bank.bank import correct_and_confident, nearest
+from memory_bank.bank import correct_and_confident, nearest_labels
 from memory_bank.config import Config
 from memory_bank.heads import Heads, rows_of
 from memory_bank.processes import summed
@@ -39,7 +39,7 @@ class MemoryBankNetwork(nn.Module):
         """One forward a step; batches pass apart, which keeps the paper's batch-norm statistics.
 
         Args:
-            images: Normalised images [B,3,H,W] by name, in the order in which they pass.
+            images: Normalized images [B,3,H,W] by name, in the order in which they pass.
             labels: int64 [B,H,W] by the same names, in the order in which their rows pass the heads; None before the
                 contrastive loss begins.
 
@@ -52,7 +52,7 @@ class MemoryBankNetwork(nn.Module):
         if labels is None:
             learning = [parameter.sum() for parameter in self.heads.parameters() if parameter.requires_grad]
             return {"logits": logits, "idle": {"heads": 0.0 * torch.stack(learning).sum()}}
-        small = {name: nearest(label, features[name].shape[-2:]) for name, label in labels.items()}
+        small = {name: nearest_labels(label, features[name].shape[-2:]) for name, label in labels.items()}
         rows = {name: self.heads(features[name], label) for name, label in small.items()}
         return {"logits": logits, "rows": rows, "classes": {name: label.flatten() for name, label in small.items()}}
 
@@ -61,7 +61,7 @@ class MemoryBankNetwork(nn.Module):
 def pseudo_labels(
     network: MemoryBankNetwork, image: Tensor, size: tuple[int, int], autocast: Callable
 ) -> tuple[Tensor, Tensor]:
-    """Class [B,H,W] and its probability [B,H,W] for normalised images, in the mode the network is in."""
+    """Class [B,H,W] and its probability [B,H,W] for normalized images, in the mode the network is in."""
     with autocast():
         logits = network.segmenter(image)
     confidence, pseudo_label = upsample(logits, size, network.segmenter.align_corners).softmax(1).max(1)
@@ -76,14 +76,14 @@ def rows_for_bank(
 
     Args:
         network: The teacher, or the student.
-        image: Normalised, [B,3,H,W].
+        image: Normalized, [B,3,H,W].
         label: int64 [B,H,W].
         threshold: See `correct_and_confident`.
         autocast: Mixed precision.
 
     Returns:
         Rows [B*h*w,F] and their classes [B*h*w], 255 for those that may not enter. A single row on all processes does
-        not: nothing can normalise it.
+        not: nothing can normalize it.
     """
     with autocast():
         feature = network.segmenter.features(image)

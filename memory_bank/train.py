@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from common.config import parse
 from common.engine.run import Run
-from common.errors import told
+from common.errors import report_errors
 from common.loaders import Batch, StepBatches, open_data
 from common.optim import poly, set_lr
 from memory_bank.augment import WEAK
@@ -37,7 +37,7 @@ from memory_bank.training import (
 )
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, "memory_bank/train.py", argv)
     with Run(config, "memory_bank/train.py") as run:
@@ -47,21 +47,21 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: Config, run: Run) -> None:
     optim, method = config.optim, config.method
 
-    source, split = open_data(config, run.accelerator)
+    reader, split = open_data(config, run.accelerator)
     run.set_length(max(1, len(split.labeled) // optim.batch_size))
-    labeled_images = images_of(source, split.labeled, "labeled", config, with_label=True)
-    unlabeled_images = images_of(source, split.unlabeled, "unlabeled", config, with_label=False)
+    labeled_images = images_of(reader, split.labeled, "labeled", config, with_label=True)
+    unlabeled_images = images_of(reader, split.unlabeled, "unlabeled", config, with_label=False)
     share = unlabeled_share(config, run)
 
-    parts = assemble(config, run, source, split)
+    parts = assemble(config, run, reader, split)
     network, bank, balance = parts.network, parts.bank, parts.balance
     labeled_batches = StepBatches(labeled_images, run)
     unlabeled_batches = StepBatches(unlabeled_images, run, batch_size=share)
 
     for step in run.steps():
         set_lr(parts.optimizer, poly(step, run.total, optim.poly_power))
-        contrasts, fills = step > method.contrast_start, step > method.bank_start
-        for part in run.passes(parts.wrapped):
+        use_contrast, fill_bank_now = step > method.contrast_start, step > method.bank_start
+        for part in run.accumulate(parts.wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
                 unlabeled: Batch = next(unlabeled_batches)
@@ -71,20 +71,20 @@ def train(config: Config, run: Run) -> None:
                 balance.add_unlabeled(step, guess[0], part)
             with record_function("augmentation"):
                 image, label = labeled_view(labeled, WEAK, "weak view", config, run)
-                strong, pseudo_label, confidence = unlabeled_views(unlabeled, guess, contrasts, config, run)
+                strong, pseudo_label, confidence = unlabeled_views(unlabeled, guess, use_contrast, config, run)
             with record_function("student"):
-                labels = {"labeled": label, "unlabeled": pseudo_label} if contrasts else None
+                labels = {"labeled": label, "unlabeled": pseudo_label} if use_contrast else None
                 output = parts.wrapped({"unlabeled": strong, "labeled": image}, labels)
-            if fills:
+            if fill_bank_now:
                 fill_bank(parts, image, label, config, run)
             with record_function("losses"):
-                weight = class_weight(parts, step + 1, contrasts, method)
+                weight = class_weight(parts, step + 1, use_contrast, method)
                 terms = labeled_terms(output, label, weight, bank, network)
                 terms |= unlabeled_terms(output, pseudo_label, confidence, weight, bank, network, step, method)
                 losses = with_total(terms, output, method.contrast_weight, method)
             with record_function("backward"):
                 run.backward(losses["loss"])
-        learn(parts, losses, teacher_decay(step, run.total, method.alpha), contrasts, run)
+        learn(parts, losses, teacher_decay(step, run.total, method.alpha), use_contrast, run)
 
         logged = losses | {"bank_filled": bank_filled(parts), "lr": parts.optimizer.param_groups[0]["lr"]}
         run.finish_step(logged, images=optim.batch_size + method.unlabeled_batch(optim.batch_size))

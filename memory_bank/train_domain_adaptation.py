@@ -12,9 +12,9 @@ from dataclasses import replace
 from torch.profiler import record_function
 
 from common.config import parse
-from common.datasets import open_second
+from common.datasets import open_source_domain
 from common.engine.run import Run
-from common.errors import told
+from common.errors import report_errors
 from common.loaders import Batch, StepBatches, open_data
 from common.optim import poly, set_lr
 from memory_bank.augment import WEAK
@@ -52,7 +52,7 @@ def target_steps(step: int, total: int, last: int) -> int:
     return (min(step, alternating) + 1) // 2 + max(0, step - alternating)
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, "memory_bank/train_domain_adaptation.py", argv)
     with Run(config, "memory_bank/train_domain_adaptation.py") as run:
@@ -65,7 +65,7 @@ def train(config: Config, run: Run) -> None:
 
     target, split = open_data(config, run.accelerator)
     with run.accelerator.main_process_first():  # the built-in data are made by one process
-        source = open_second(config.data, adaptation.source_dataset, adaptation.source_root)
+        source = open_source_domain(config.data, adaptation.source_dataset, adaptation.source_root)
     run.set_length(max(1, len(split.labeled) // optim.batch_size))
     target_images = images_of(target, split.labeled, "labeled", config, with_label=True)
     source_images = images_of(source, source.names("train"), "source", config, with_label=True)
@@ -81,37 +81,37 @@ def train(config: Config, run: Run) -> None:
 
     for step in run.steps():
         set_lr(parts.optimizer, poly(step, run.total, optim.poly_power))
-        contrasts, fills = step > method.contrast_start, step > method.bank_start
-        of_target = takes_target(step, run.total, adaptation.last_steps)
+        use_contrast, fill_bank_now = step > method.contrast_start, step > method.bank_start
+        is_target = takes_target(step, run.total, adaptation.last_steps)
         counted = target_steps(step, run.total, adaptation.last_steps)
-        for part in run.passes(parts.wrapped):
+        for part in run.accumulate(parts.wrapped):
             with record_function("data"):
-                labeled: Batch = next(target_batches if of_target else source_batches)
+                labeled: Batch = next(target_batches if is_target else source_batches)
                 unlabeled: Batch = next(unlabeled_batches)
             with record_function("teacher"):
                 guess = guess_labels(parts, unlabeled, config, run)
-                if of_target:
+                if is_target:
                     balance.add_labeled(counted, labeled.label, part)
                     balance.add_unlabeled(counted, guess[0], part)
             with record_function("augmentation"):
-                image, label = labeled_view(labeled, ranges, "weak view" if of_target else "source", config, run)
-                strong, pseudo_label, confidence = unlabeled_views(unlabeled, guess, contrasts, config, run)
+                image, label = labeled_view(labeled, ranges, "weak view" if is_target else "source", config, run)
+                strong, pseudo_label, confidence = unlabeled_views(unlabeled, guess, use_contrast, config, run)
             with record_function("student"):
-                labels = ({"labeled": label} if of_target else {}) | {"unlabeled": pseudo_label}
-                output = parts.wrapped({"unlabeled": strong, "labeled": image}, labels if contrasts else None)
-            if fills and of_target:
+                labels = ({"labeled": label} if is_target else {}) | {"unlabeled": pseudo_label}
+                output = parts.wrapped({"unlabeled": strong, "labeled": image}, labels if use_contrast else None)
+            if fill_bank_now and is_target:
                 fill_bank(parts, image, label, config, run)
             with record_function("losses"):
-                weight = class_weight(parts, counted + of_target, contrasts, method)
+                weight = class_weight(parts, counted + is_target, use_contrast, method)
                 terms = labeled_terms(output, label, weight, bank, network)
                 terms |= unlabeled_terms(output, pseudo_label, confidence, weight, bank, network, step, method)
                 losses = with_total(terms, output, adaptation.contrast_weight, method)
             with record_function("backward"):
                 run.backward(losses["loss"])
-        learn(parts, losses, teacher_decay(step, run.total, method.alpha, WARM_UP), contrasts, run)
+        learn(parts, losses, teacher_decay(step, run.total, method.alpha, WARM_UP), use_contrast, run)
 
         # Of a step on the source, its own loss has its own name.
-        logged = losses if of_target else {name.replace("supervised", "source"): term for name, term in losses.items()}
+        logged = losses if is_target else {name.replace("supervised", "source"): term for name, term in losses.items()}
         logged |= {"bank_filled": bank_filled(parts), "lr": parts.optimizer.param_groups[0]["lr"]}
         run.finish_step(logged, images=optim.batch_size + method.unlabeled_batch(optim.batch_size))
         take_stock(parts, config, run)

@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from common.config import parse
 from common.engine.run import Run
-from common.errors import told
+from common.errors import report_errors
 from common.loaders import Batch, StepBatches, open_data
 from common.optim import poly, set_lr
 from memory_bank.augment import WEAK
@@ -52,17 +52,17 @@ def labeled_pass(parts: Parts, batch: Batch, part: int, half: int, config: Confi
         The terms and `loss`.
     """
     method, step = config.method, half // 2
-    contrasts = half > method.contrast_start
+    use_contrast = half > method.contrast_start
     parts.balance.add_labeled(step, batch.label, part)
     with record_function("augmentation"):
         image, label = labeled_view(batch, WEAK, "weak view", config, run)
     with record_function("student"):
-        output = parts.wrapped({"labeled": image}, {"labeled": label} if contrasts else None)
+        output = parts.wrapped({"labeled": image}, {"labeled": label} if use_contrast else None)
     if half > method.bank_start:
         fill_bank(parts, image, label, config, run)
     with record_function("losses"):
         # This step's pseudo-labels are not counted yet.
-        weight = class_weight(parts, step, contrasts, method)
+        weight = class_weight(parts, step, use_contrast, method)
         terms = labeled_terms(output, label, weight, parts.bank, parts.network)
         losses = with_total(terms, output, method.contrast_weight, method)
     with record_function("backward"):
@@ -73,14 +73,14 @@ def labeled_pass(parts: Parts, batch: Batch, part: int, half: int, config: Confi
 def unlabeled_pass(parts: Parts, batch: Batch, part: int, half: int, config: Config, run: Run) -> dict[str, Tensor]:
     """Forward and backward of unlabeled images; arguments and result as `labeled_pass`."""
     method, step = config.method, half // 2
-    contrasts = half > method.contrast_start
+    use_contrast = half > method.contrast_start
     with record_function("teacher"):
         guess = guess_labels(parts, batch, config, run)
         parts.balance.add_unlabeled(step, guess[0], part)
     with record_function("augmentation"):
-        image, pseudo_label, confidence = unlabeled_views(batch, guess, contrasts, config, run)
+        image, pseudo_label, confidence = unlabeled_views(batch, guess, use_contrast, config, run)
     with record_function("student"):
-        output = parts.wrapped({"unlabeled": image}, {"unlabeled": pseudo_label} if contrasts else None)
+        output = parts.wrapped({"unlabeled": image}, {"unlabeled": pseudo_label} if use_contrast else None)
     with record_function("losses"):
         # Here class weights do not wait for the contrastive loss, as released.
         weight = class_weight(parts, step + 1, True, method)
@@ -91,7 +91,7 @@ def unlabeled_pass(parts: Parts, batch: Batch, part: int, half: int, config: Con
     return losses
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, "memory_bank/train_less_memory.py", argv)
     with Run(config, "memory_bank/train_less_memory.py") as run:
@@ -101,13 +101,13 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: Config, run: Run) -> None:
     optim, method = config.optim, config.method
 
-    source, split = open_data(config, run.accelerator)
+    reader, split = open_data(config, run.accelerator)
     run.set_length(max(1, len(split.labeled) // optim.batch_size))
-    labeled_images = images_of(source, split.labeled, "labeled", config, with_label=True)
-    unlabeled_images = images_of(source, split.unlabeled, "unlabeled", config, with_label=False)
+    labeled_images = images_of(reader, split.labeled, "labeled", config, with_label=True)
+    unlabeled_images = images_of(reader, split.unlabeled, "unlabeled", config, with_label=False)
     share = unlabeled_share(config, run)
 
-    parts = assemble(config, run, source, split)
+    parts = assemble(config, run, reader, split)
     labeled_batches = StepBatches(labeled_images, run)
     unlabeled_batches = StepBatches(unlabeled_images, run, batch_size=share)
 
@@ -118,7 +118,7 @@ def train(config: Config, run: Run) -> None:
         logged = {}
         for half, batches, go in ((2 * step, labeled, labeled_pass), (2 * step + 1, unlabeled, unlabeled_pass)):
             set_lr(parts.optimizer, poly(half, 2 * run.total, optim.poly_power))
-            for part in run.passes(parts.wrapped):
+            for part in run.accumulate(parts.wrapped):
                 losses = go(parts, batches[part], part, half, config, run)
             decay = teacher_decay(half, 2 * run.total, method.alpha, WARM_UP)
             learn(parts, losses, decay, half > method.contrast_start, run)

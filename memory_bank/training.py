@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from common.datasets.reader import Source
+from common.datasets.reader import Reader
 from common.engine.run import Run
 from common.errors import UserError
 from common.evaluation.evaluate import evaluate_run, save_panel
@@ -50,7 +50,7 @@ class Parts:
     """All that lasts longer than a step.
 
     Attributes:
-        source: Reader of the data.
+        reader: Reader of the data.
         split: Their lists.
         network: The student.
         wrapped: The student as it is trained.
@@ -62,7 +62,7 @@ class Parts:
         optimizer: What `prepare` returned.
     """
 
-    source: Source
+    reader: Reader
     split: Split
     network: MemoryBankNetwork
     wrapped: nn.Module
@@ -77,11 +77,11 @@ class Parts:
 # ---- before and after the steps
 
 
-def assemble(config: Config, run: Run, source: Source, split: Split) -> Parts:
+def assemble(config: Config, run: Run, reader: Reader, split: Split) -> Parts:
     """Everything, as the newest checkpoint has it; what a stop had cut short after that is made up for."""
     method = config.method
     network = MemoryBankNetwork(config.model, method.embedding_dim)
-    teacher = run.place(make_teacher(network))
+    teacher = run.to_device(make_teacher(network))
     bank = Bank(config.model.num_classes, method.bank_size, method.embedding_dim).to(run.device)
     balance, restart = class_balance(config, split).to(run.device), Restart().to(run.device)
     learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -93,28 +93,28 @@ def assemble(config: Config, run: Run, source: Source, split: Split) -> Parts:
     extra |= {"student_heads": network.heads, "teacher_heads": teacher.heads}
     extra |= {"bank": bank, "balance": balance, "restart": restart}
     run.resume(model=evaluated, extra=extra, optimizer=optimizer)
-    parts = Parts(source, split, network, wrapped, teacher, evaluated, bank, balance, restart, optimizer)
-    if run.evaluates:
+    parts = Parts(reader, split, network, wrapped, teacher, evaluated, bank, balance, restart, optimizer)
+    if run.evaluation_due:
         take_stock(parts, config, run)
     elif restart.due:
         start_again(parts, config, run)
     return parts
 
 
-def images_of(source: Source, names: list[str], stream: str, config: Config, with_label: bool) -> TrainingImages:
+def images_of(reader: Reader, names: list[str], stream: str, config: Config, with_label: bool) -> TrainingImages:
     """A stream of crops."""
-    return TrainingImages(source, names, crop_of(config), config.run.seed, stream, with_label=with_label)
+    return TrainingImages(reader, names, crop_of(config), config.run.seed, stream, with_label=with_label)
 
 
 def take_stock(parts: Parts, config: Config, run: Run) -> None:
     """Evaluate and save where that is due; start again from the best where it has been the best for too long."""
-    evaluates, protocol = run.evaluates, protocol_of(config)
+    evaluates, protocol = run.evaluation_due, protocol_of(config)
     if evaluates:
-        run.report(evaluate_run(parts.evaluated, parts.source, parts.split, run, protocol))
+        run.log_scores(evaluate_run(parts.evaluated, parts.source, parts.split, run, protocol))
         save_panel(parts.evaluated, parts.source, parts.split, run, protocol=protocol)
         waited = run.step - max(run.best_step, int(parts.restart.step))
         too_long = waited > config.method.patience * run.total and run.step < run.total
-        parts.restart.due.fill_(too_long and not run.evaluates)  # not where a signal cut the evaluation short
+        parts.restart.due.fill_(too_long and not run.evaluation_due)  # not where a signal cut the evaluation short
     run.save()
     if evaluates and parts.restart.due:
         start_again(parts, config, run)
@@ -124,7 +124,7 @@ def start_again(parts: Parts, config: Config, run: Run) -> None:
     """Student and teacher become the best student; optimizer, bank and tables go on, as released."""
     best = run.read_best()
     if best is None:
-        run.log.say("warning: the best checkpoint cannot be read; going on without it")
+        run.log.print("warning: the best checkpoint cannot be read; going on without it")
         return
     student = best.extra["student"] if config.method.save_teacher_test else best.model
     parts.network.segmenter.load_state_dict(student)
@@ -132,7 +132,7 @@ def start_again(parts: Parts, config: Config, run: Run) -> None:
     parts.teacher.load_state_dict(parts.network.state_dict())
     parts.restart.due.fill_(False)
     parts.restart.step.fill_(run.step)
-    run.log.say(f"step {run.step}: no better evaluation since step {run.best_step}; starting again from that one")
+    run.log.print(f"step {run.step}: no better evaluation since step {run.best_step}; starting again from that one")
 
 
 def finish(parts: Parts, unlabeled_batches: StepBatches, config: Config, run: Run) -> None:
@@ -144,13 +144,13 @@ def finish(parts: Parts, unlabeled_batches: StepBatches, config: Config, run: Ru
         network.load_state_dict(best.model)
         network.train()
         for _ in range(min(config.method.refresh_batches, run.total)):
-            run.end_if_asked()
+            run.stop_if_signalled()
             image = next(unlabeled_batches).image
             with torch.no_grad(), run.autocast():
                 network(normalize(image))
         run.share_statistics(network)
         scores = evaluate_run(network, parts.source, parts.split, run, protocol_of(config))
-        run.end_if_asked()
+        run.stop_if_signalled()
         run.save_variant(REFRESHED, network, scores)
     run.finish(REFRESHED)
 
@@ -165,7 +165,7 @@ def guess_labels(parts: Parts, unlabeled: Batch, config: Config, run: Run) -> tu
 
 
 def labeled_view(batch: Batch, ranges: Ranges, stream: str, config: Config, run: Run) -> tuple[Tensor, Tensor]:
-    """The weak view of labeled images: normalised [B,3,H,W] and int64 [B,H,W].
+    """The weak view of labeled images: normalized [B,3,H,W] and int64 [B,H,W].
 
     Args:
         ranges: What it is drawn from.
@@ -176,7 +176,7 @@ def labeled_view(batch: Batch, ranges: Ranges, stream: str, config: Config, run:
 
 
 def unlabeled_views(batch: Batch, guess: tuple[Tensor, Tensor], mixes: bool, config: Config, run: Run) -> Maps:
-    """Both strong views of unlabeled images, normalised, with their pseudo-labels and probabilities: [2B,...]."""
+    """Both strong views of unlabeled images, normalized, with their pseudo-labels and probabilities: [2B,...]."""
     image, pseudo_label, confidence = strong_views(batch.image / 255, *guess, batch.positions, mixes, config, run)
     return normalize(image), pseudo_label, confidence
 

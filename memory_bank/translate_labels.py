@@ -1,10 +1,10 @@
-"""Labels of GTA5 from colours to class ids, once and for all.
+"""Labels of GTA5 from colors to class ids, once and for all.
 
     python memory_bank/translate_labels.py data/gta5
 
-Writes ROOT/label_ids, grey PNGs of 0 to 18 and 255 (ignored), of all files in ROOT/labels and the folders below it. The
-reader takes them in place of the colours, which stay as they are: both give the same labels, ids are read faster. What
-has been translated already is left alone. Colours that GTA5 does not define become 255, and are told.
+Writes ROOT/label_ids, gray PNGs of 0 to 18 and 255 (ignored), of all files in ROOT/labels and the folders below it. The
+reader takes them in place of the colors, which stay as they are: both give the same labels, ids are read faster. What
+has been translated already is left alone. Colors that GTA5 does not define become 255, and are told.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from rich.progress import track
 
 from common.datasets.gta5 import Color, class_ids
 from common.datasets.reader import open_label
-from common.errors import UserError, told
+from common.errors import UserError, report_errors
 
 SHOWN = 5
 
@@ -33,7 +33,7 @@ class Outcome:
     Attributes:
         done: Files that were written.
         there: Files that had been before.
-        unmapped: Pixels of each colour that GTA5 does not define.
+        unmapped: Pixels of each color that GTA5 does not define.
         examples: A file with each of them.
         faults: Lines on files that could not be read or written.
     """
@@ -85,7 +85,7 @@ def report(whole: Outcome, out: Path, console: Console) -> None:
     """
     for color, pixels in whole.unmapped.most_common():
         console.print(
-            f"warning: {pixels} pixels of the colour {color}, which GTA5 does not define, are ignored; "
+            f"warning: {pixels} pixels of the color {color}, which GTA5 does not define, are ignored; "
             f"{whole.examples[color]} for one"
         )
     console.print(f"{whole.done} labels translated to {out}, {whole.there} were there")
@@ -97,7 +97,7 @@ def report(whole: Outcome, out: Path, console: Console) -> None:
         )
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of GTA5, with labels/*.png or labels/{train,val}/*.png")

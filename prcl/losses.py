@@ -23,7 +23,7 @@ class Prototypes:
     """One Gaussian a class.
 
     Attributes:
-        mu: [C,D], raw (not normalised).
+        mu: [C,D], raw (not normalized).
         sigma: [C,D], variances.
         present: bool [C], whether any process has a valid pixel of the class.
     """
@@ -107,7 +107,7 @@ def prototypes(
 
 
 def mutual_likelihood_score(mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b: Tensor) -> Tensor:
-    """-1/2 mean_d [(a_d - b_d)^2 / (sigma_a + sigma_b) + ln(sigma_a + sigma_b)] of normalised means.
+    """-1/2 mean_d [(a_d - b_d)^2 / (sigma_a + sigma_b) + ln(sigma_a + sigma_b)] of normalized means.
 
     The mean over the D dimensions (last) instead of the paper's sum, and no constant: as released.
     """

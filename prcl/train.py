@@ -19,12 +19,12 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFl
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from common.augment import apply_geometry_batch, draw_geometry, mix_batch, recolor_and_flip
-from common.augment.views import CropTransform, labeled_view
+from common.augment import apply_geometry_batch, color_jitter_blur_flip, draw_geometry, mix_batch
+from common.augment.views import CropTransform, augment_labeled
 from common.config import parse
 from common.config.sections import DataConfig, ModelConfig, NonPositiveFloat, OptimConfig, RunConfig
 from common.engine.run import Run
-from common.errors import told
+from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
@@ -93,7 +93,7 @@ class Config:
 
 
 class ProbabilityHead(nn.Module):
-    """Variances in (0, 1) for each pixel and dimension: two linear maps with normalised rows, batch norm, sigmoid.
+    """Variances in (0, 1) for each pixel and dimension: two linear maps with normalized rows, batch norm, sigmoid.
 
     As released: the paper exponentiates a log-variance instead. Parameters carry the released names.
 
@@ -141,7 +141,7 @@ class PRCLNetwork(nn.Module):
         """One forward a step; the two batches pass apart, which keeps the paper's batch-norm statistics.
 
         Args:
-            labeled, unlabeled: Normalised images [B,3,H,W].
+            labeled, unlabeled: Normalized images [B,3,H,W].
 
         Returns:
             `labeled`, `unlabeled`: logits [B,C,h,w]; `mu`, `sigma`: [2B,D,h,w], labeled first.
@@ -174,7 +174,7 @@ def pseudo_labels(teacher: nn.Module, image: Tensor, run: Run) -> tuple[Tensor, 
 def augment_unlabeled(
     image: Tensor, pseudo_label: Tensor, confidence: Tensor, positions: Sequence[int], config: Config, run: Run
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two passes with a mix between them: scale and crop; mix with the next image; colours, blur and mirror.
+    """Two passes with a mix between them: scale and crop; mix with the next image; colors, blur and mirror.
 
     Args:
         image: float [B,3,H,W] in [0,1].
@@ -188,7 +188,7 @@ def augment_unlabeled(
     views = apply_geometry_batch(image, pseudo_label, confidence, geometries, crop)
     following = run.from_next_process(*(view[0] for view in views))
     image, pseudo_label, confidence = mix_batch(config.method.mix_mode, *views, rngs, following)
-    return recolor_and_flip(image, pseudo_label, confidence, rngs)
+    return color_jitter_blur_flip(image, pseudo_label, confidence, rngs)
 
 
 def contrastive_term(
@@ -227,7 +227,7 @@ def contrastive_weight(step: int, total: int, config: Config) -> float:
     return exponential_ramp(epoch, *ramp)
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, "prcl/train.py", argv)
     with Run(config, "prcl/train.py") as run:
@@ -237,15 +237,15 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: Config, run: Run) -> None:
     optim, method = config.optim, config.method
 
-    source, split = open_data(config, run.accelerator)
+    reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
     cropped = CropTransform(config.data.crop_size)
-    labeled_images = TrainingImages(source, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
-    unlabeled_images = TrainingImages(source, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
+    labeled_images = TrainingImages(reader, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
+    unlabeled_images = TrainingImages(reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
 
     network = PRCLNetwork(config.model, method.embedding_dim)
-    teacher = run.place(make_teacher(network.segmenter))
+    teacher = run.to_device(make_teacher(network.segmenter))
     heads = [{"params": [*network.segmenter.parameters(), *network.representation.parameters()]}]
     heads.append({"params": list(network.probability.parameters()), "lr": method.uncer_lr})
     wrapped, optimizer = run.prepare(network, build_optimizer(optim, heads))
@@ -253,10 +253,10 @@ def train(config: Config, run: Run) -> None:
     run.resume(model=teacher, extra={"student": network}, optimizer=optimizer)
 
     def score() -> None:
-        run.report(evaluate_run(teacher, source, split, run))
-        save_panel(teacher, source, split, run, threshold=method.un_threshold)
+        run.log_scores(evaluate_run(teacher, reader, split, run))
+        save_panel(teacher, reader, split, run, threshold=method.un_threshold)
 
-    if run.evaluates:  # what a stop had cut short
+    if run.evaluation_due:  # what a stop had cut short
         score()
         run.save()
     labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
@@ -264,7 +264,7 @@ def train(config: Config, run: Run) -> None:
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power), floor=LR_FLOOR)
         weight = contrastive_weight(step, run.total, config)
-        for _ in run.passes(wrapped):
+        for _ in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
                 unlabeled: Batch = next(unlabeled_batches)
@@ -272,7 +272,7 @@ def train(config: Config, run: Run) -> None:
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = pseudo_labels(teacher, weak_image, run)
             with record_function("augmentation"):
-                labeled_image, label = labeled_view(labeled.image, labeled.label, labeled.positions, config.run.seed)
+                labeled_image, label = augment_labeled(labeled.image, labeled.label, labeled.positions, config.run.seed)
                 image, pseudo_label, confidence = augment_unlabeled(
                     weak_image, weak_label, weak_confidence, unlabeled.positions, config, run
                 )
@@ -308,11 +308,11 @@ def train(config: Config, run: Run) -> None:
             images=2 * optim.batch_size,
         )
         if logged.get("sigma_at_bounds", 0.0) > 0.5:
-            run.log.say_once(
+            run.log.print_once(
                 "warning: the probability head has collapsed, most of its variances are at their bounds; "
                 f"lower method.uncer_lr (now {method.uncer_lr:g})"
             )
-        if run.evaluates:
+        if run.evaluation_due:
             score()
         run.save()
     run.finish()

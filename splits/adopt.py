@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from common.config.sections import DataConfig
-from common.datasets import open_source
-from common.datasets.reader import Source
-from common.errors import UserError, told
+from common.datasets import open_reader
+from common.datasets.reader import Reader
+from common.errors import UserError, report_errors
 from common.splits.lists import KINDS, find_lists, published_id, read_ids
 from common.splits.orders import read_order
 from common.splits.published import TEST_LIST, checksum, commands, entry_at, record, said_of, same_as
@@ -28,17 +28,17 @@ from common.splits.split import Split, write_split
 NEEDS_DATASET = "give the dataset with --dataset and --data-root"
 
 
-@told
+@report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     if (args.dataset is None) != (args.data_root is None):
         raise UserError("--dataset and --data-root go together")
-    source = open_source(DataConfig(args.dataset, args.data_root)) if args.dataset else None
+    reader = open_reader(DataConfig(args.dataset, args.data_root)) if args.dataset else None
     path = Path(args.path).expanduser()
     if path.is_file() and path.suffix != ".pkl" and find_lists(path) is None:
         _say_list(path, args.out)
         return
-    split = read_order_split(path, args.labels, source) if path.suffix == ".pkl" else read_lists(path)
+    split = read_order_split(path, args.labels, reader) if path.suffix == ".pkl" else read_lists(path)
     _check_published(path, args.labels, split)
     print(f"{path}: {len(split.labeled)} labeled, {len(split.unlabeled)} unlabeled, {len(split.valid)} for validation")
     print(said_of(split.labeled, split.unlabeled))
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for defect in sorted({defect for entry in known for defect in entry["defects"]}):
         print(f"known defect: {defect}")
     if args.out:
-        split = _completed(path, split, source)
+        split = _completed(path, split, reader)
         write_split(args.out, split)
         print(f"{args.out}: written, {len(split.valid)} for validation; use it with --data.split {args.out}")
 
@@ -78,7 +78,7 @@ def read_lists(path: Path) -> Split:
     return Split(**{"valid": []} | files.names(published_id))
 
 
-def read_order_split(path: Path, labels: int | None, source: Source | None) -> Split:
+def read_order_split(path: Path, labels: int | None, reader: Reader | None) -> Split:
     """The first `labels` images of a stored order, and the others. Raises UserError where the dataset has not as many.
 
     memory_bank's release counts through Cityscapes in the order of the disk, which nobody knows: here paths are sorted.
@@ -86,11 +86,11 @@ def read_order_split(path: Path, labels: int | None, source: Source | None) -> S
     order = read_order(path)
     if labels is None or not 0 < labels <= len(order):
         raise UserError(f"{path} is an order of {len(order)} images: give --labels, from 1 to {len(order)}")
-    if source is None:
+    if reader is None:
         raise UserError(f"{path} is an order of images: {NEEDS_DATASET}")
-    names = source.names("train")
+    names = reader.names("train")
     if len(names) != len(order):
-        raise UserError(f"{path} is an order of {len(order)} images, but {source.layout} has {len(names)} for training")
+        raise UserError(f"{path} is an order of {len(order)} images, but {reader.layout} has {len(names)} for training")
     ordered = [names[index] for index in order]
     return Split(ordered[:labels], ordered[labels:], [])
 
@@ -122,7 +122,7 @@ def _refuse_other(path: Path, summary: dict[str, Any] | None, kind: str, ids: li
         )
 
 
-def _completed(path: Path, split: Split, source: Source | None) -> Split:
+def _completed(path: Path, split: Split, reader: Reader | None) -> Split:
     """The split with images for validation. Raises UserError for overlaps that no published split is known for."""
     known = same_as(split.labeled, split.unlabeled)
     both = sorted(set(split.labeled) & set(split.unlabeled))
@@ -131,12 +131,12 @@ def _completed(path: Path, split: Split, source: Source | None) -> Split:
     listed = {checksum(split.valid)} & {entry["valid"]["sha256"] for entry in known if TEST_LIST in entry["defects"]}
     if split.valid and not listed:
         return split
-    if source is None:
+    if reader is None:
         why = TEST_LIST if listed else "no list for validation was published with it"
         raise UserError(f"{path}: {why}; {NEEDS_DATASET}")
-    valid = source.names("val")
+    valid = reader.names("val")
     if not valid:
-        raise UserError(f"{source.layout}: no images for validation")
+        raise UserError(f"{reader.layout}: no images for validation")
     return Split(split.labeled, split.unlabeled, valid)
 
 

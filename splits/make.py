@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from common.config.sections import DataConfig
-from common.datasets import open_source
+from common.datasets import open_reader
 from common.datasets.folder import Folder
-from common.datasets.reader import Source, read_lines
-from common.errors import UserError, told
+from common.datasets.reader import Reader, read_lines
+from common.errors import UserError, report_errors
 from common.splits.split import (
     candidates,
     choose_class_covering,
@@ -44,29 +44,29 @@ from common.splits.split import (
 METHOD_HELP = "class-covering by default for the built-in data, else random"
 
 
-@told
+@report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     folder_only = {"image_dir": args.image_dir, "label_dir": args.label_dir, "classes": args.classes}
-    source = open_source(DataConfig(args.dataset, args.data_root, split="", **folder_only))
-    names = candidates(source)
+    reader = open_reader(DataConfig(args.dataset, args.data_root, split="", **folder_only))
+    names = candidates(reader)
     if args.among:
         names = _among(names, args.among)
     if args.dataset == "folder":
-        check_labels(source, names)
+        check_labels(reader, names)
     valid = None
     if args.valid:
-        valid = _draw_valid(source, names, args.valid)
+        valid = _draw_valid(reader, names, args.valid)
         names = sorted(set(names) - set(valid))
     count = _count(args.labels, len(names))
     method = args.method or ("class-covering" if args.dataset == "shapes" else "random")
     if method == "random":
         labeled = choose_random(names, count, args.seed)
     elif method == "class-covering":
-        labeled = choose_class_covering(source, names, count, args.seed)
+        labeled = choose_class_covering(reader, names, count, args.seed)
     else:
         labeled = choose_every(names, _step(args.labels, len(names)))
-    split = complete(source, labeled, valid)
+    split = complete(reader, labeled, valid)
     folder = Path(args.out, str(len(split.labeled)), str(args.seed))
     write_split(folder, split)
     print(
@@ -107,29 +107,29 @@ def _among(names: Sequence[str], path: Path) -> list[str]:
     return [name for name in names if name in wanted]
 
 
-def check_labels(source: Folder, names: Sequence[str]) -> None:
+def check_labels(reader: Folder, names: Sequence[str]) -> None:
     """Read the labels of `names` and say which classes occur in them.
 
     Raises UserError where there are none, and for the first that is broken, has another size than its image, or holds a
-    value or a colour that is neither a class nor to be ignored.
+    value or a color that is neither a class nor to be ignored.
     """
-    strays = source.stray_labels()
+    strays = reader.stray_labels()
     if not names:
         hint = f"; {strays[0]}.png belongs to no image, for one" if strays else ""
-        raise UserError(f"{source.layout}: no image has a label: a label is a PNG with the name of its image{hint}")
+        raise UserError(f"{reader.layout}: no image has a label: a label is a PNG with the name of its image{hint}")
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda name: source.check_size(name, with_label=True), names))
-        occurs = np.stack(list(pool.map(lambda name: classes_in(source, name), names))).any(0)
-    print(f"{len(names)} images have a label; {len(source.names('train')) - len(names)} have none")
+        list(pool.map(lambda name: reader.check_size(name, with_label=True), names))
+        occurs = np.stack(list(pool.map(lambda name: classes_in(reader, name), names))).any(0)
+    print(f"{len(names)} images have a label; {len(reader.names('train')) - len(names)} have none")
     if strays:
         print(f"note: {len(strays)} labels belong to no image, {strays[0]}.png for one")
-    if absent := [name for name, seen in zip(source.classes, occurs) if not seen]:
+    if absent := [name for name, seen in zip(reader.classes, occurs) if not seen]:
         print(f"note: no label shows {', '.join(absent)}")
 
 
-def _draw_valid(source: Source, names: Sequence[str], share: str) -> list[str]:
-    if not isinstance(source, Folder) or source.has_validation:
-        raise UserError(f"--valid {share}: {source.layout} has its own images for validation")
+def _draw_valid(reader: Reader, names: Sequence[str], share: str) -> list[str]:
+    if not isinstance(reader, Folder) or reader.has_validation:
+        raise UserError(f"--valid {share}: {reader.layout} has its own images for validation")
     count = _count(share, len(names), "--valid")
     if count >= len(names):
         raise UserError(f"--valid {share}: of {len(names)} images with a label none is left to learn from")

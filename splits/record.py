@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, told
+from common.errors import UserError, report_errors
 from common.splits.lists import find_lists, published_id, read_ids
 from common.splits.orders import read_order
 from common.splits.published import SAME_LIST, SHARED_ID, TEST_LIST, checksum
@@ -141,7 +141,7 @@ LISTS = {
 PLACES = {"voc": {name: f"data/pascal_voc/{name}.txt" for name in ("train_aug", "train")}, "cityscapes": {}}
 
 
-@told
+@report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of the repositories")

@@ -1,4 +1,4 @@
-"""The labelled-only baseline every paper is compared with: same network, data and schedule, no unlabeled image.
+"""The labeled-only baseline every paper is compared with: same network, data and schedule, no unlabeled image.
 
     accelerate launch supervised/train.py --config supervised/configs/voc.json
     accelerate launch supervised/train.py --config supervised/configs/demo.json
@@ -12,12 +12,12 @@ from typing import Literal, Optional
 
 from torch.profiler import record_function
 
-from common.augment.views import CropTransform, labeled_view
+from common.augment.views import CropTransform, augment_labeled
 from common.config import parse
 from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
-from common.datasets import open_second
+from common.datasets import open_source_domain
 from common.engine.run import Run
-from common.errors import told
+from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
 from common.loaders import StepBatches, TrainingImages, open_data
@@ -51,7 +51,7 @@ class Config:
     run: RunConfig
 
 
-@told
+@report_errors
 def main(argv: list[str] | None = None) -> None:
     config = parse(Config, "supervised/train.py", argv)
     with Run(config, "supervised/train.py") as run:
@@ -65,7 +65,7 @@ def train(config: Config, run: Run) -> None:
     learned, names = source, split.labeled + (split.unlabeled if config.method.fully_labeled else [])
     if config.method.source_dataset:
         with run.accelerator.main_process_first():  # the built-in data are made by one process
-            learned = open_second(config.data, config.method.source_dataset, config.method.source_root)
+            learned = open_source_domain(config.data, config.method.source_dataset, config.method.source_root)
         names = learned.names("train")
     run.set_length(-(-len(names) // optim.batch_size))
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
@@ -77,21 +77,21 @@ def train(config: Config, run: Run) -> None:
     run.resume(model=network, extra={}, optimizer=optimizer)
 
     def score() -> None:
-        run.report(evaluate_run(network, source, split, run))
+        run.log_scores(evaluate_run(network, source, split, run))
         save_panel(network, source, split, run)
 
-    if run.evaluates:  # what a stop had cut short
+    if run.evaluation_due:  # what a stop had cut short
         score()
         run.save()
     batches = StepBatches(images, run)
 
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
-        for _ in run.passes(wrapped):
+        for _ in run.accumulate(wrapped):
             with record_function("data"):
                 batch = next(batches)
             with record_function("augmentation"):
-                image, label = labeled_view(batch.image, batch.label, batch.positions, config.run.seed)
+                image, label = augment_labeled(batch.image, batch.label, batch.positions, config.run.seed)
             with record_function("student"):
                 logits = wrapped(normalize(image))
             with record_function("losses"):
@@ -103,7 +103,7 @@ def train(config: Config, run: Run) -> None:
                 run.share_statistics(network)
 
         run.finish_step({"loss": loss, "lr": optimizer.param_groups[0]["lr"]}, images=optim.batch_size)
-        if run.evaluates:
+        if run.evaluation_due:
             score()
         run.save()
     run.finish()

@@ -1,4 +1,4 @@
-"""Published lists: all formats are read and adopted, the recorded ones are recognised, differing ones are refused."""
+"""Published lists: all formats are read and adopted, the recorded ones are recognized, differing ones are refused."""
 
 import json
 import pickle
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.config.sections import DataConfig
-from common.datasets import open_source
+from common.datasets import open_reader
 from common.errors import UserError
 from common.splits.lists import find_lists, published_id
 from common.splits.published import checksum, commands, record, said_of
@@ -145,7 +145,7 @@ def test_what_was_published_without_validation_images_takes_the_datasets_own(tmp
     adopt([str(path), "--out", str(tmp_path / "out"), "--dataset", "voc", "--data-root", str(tmp_path / "voc")])
     assert read_split(tmp_path / "out").valid == VOC[10:]
     data = DataConfig("voc", str(tmp_path / "voc"), split=str(path))
-    assert split_of(data, open_source(data)) == read_split(tmp_path / "out")
+    assert split_of(data, open_reader(data)) == read_split(tmp_path / "out")
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_changed_list_at_a_published_path_is_refused(recorded, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
-def test_lists_are_recognised_whatever_their_order_and_form(recorded):
+def test_lists_are_recognized_whatever_their_order_and_form(recorded):
     labeled, unlabeled = VOC[:4], [VOC[0], *VOC[4:10]]
     assert said_of(labeled[::-1], unlabeled[::-1]) == "published split: CAC/lists/4"
     assert said_of(labeled, VOC) == "published split: none; the labeled images are those of CAC/lists/4"
@@ -202,9 +202,9 @@ def test_a_config_whose_list_is_missing_prints_the_command_that_gets_it(config, 
     monkeypatch.chdir(tmp_path)
     data = DataConfig(**json.loads(config.read_text())["data"])
     fake_tree(tmp_path / "tree", "voc", [f"2007_{number:06d}" for number in range(2000)], VOC[10:])
-    source = open_source(DataConfig("voc", str(tmp_path / "tree")))
+    reader = open_reader(DataConfig("voc", str(tmp_path / "tree")))
     with pytest.raises(UserError) as told:
-        split_of(data, source)
+        split_of(data, reader)
     place = data.split or data.labeled_list or f"{data.order_dir}/split_{data.split_id}.pkl"
     theirs = [entry for entry in record()["splits"] + record()["lists"] if entry.get("place") == place]
     theirs = [entry for entry in theirs if entry.get("labels") == data.labeled_samples]
@@ -318,7 +318,7 @@ def clones(lists_folder, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("repository", sorted(record()["repositories"]))
 def test_the_printed_commands_adopt_every_real_split(clones, repository, monkeypatch, tmp_path, capsys):
-    """What a config with a missing list prints is run, but for the clone itself; and the split is recognised."""
+    """What a config with a missing list prints is run, but for the clone itself; and the split is recognized."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "published").symlink_to(clones / "published")
     entries = [entry for entry in record()["splits"] + record()["lists"] if entry["name"].startswith(f"{repository}/")]
@@ -331,7 +331,7 @@ def test_the_printed_commands_adopt_every_real_split(clones, repository, monkeyp
         assert entry["name"] in capsys.readouterr().out
         if "list" in entry:
             continue
-        source = open_source(DataConfig(entry["dataset"], str(clones / "trees" / entry["dataset"])))
+        reader = open_reader(DataConfig(entry["dataset"], str(clones / "trees" / entry["dataset"])))
         data = DataConfig(entry["dataset"], "", allow_overlap=bool(entry["defects"]))
         if "labels" in entry:
             place = Path(entry["place"])
@@ -339,7 +339,7 @@ def test_the_printed_commands_adopt_every_real_split(clones, repository, monkeyp
             data.labeled_samples = entry["labels"]
         else:
             data.split = entry["place"]
-        split = split_of(data, source)
+        split = split_of(data, reader)
         assert [len(split.labeled), len(split.unlabeled)] == [entry[k]["count"] for k in ("labeled", "unlabeled")]
-        assert sorted(split.valid) == source.names("val")
+        assert sorted(split.valid) == reader.names("val")
         assert entry["name"] in said_of(split.labeled, split.unlabeled)

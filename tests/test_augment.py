@@ -5,7 +5,7 @@ import torchvision.transforms.v2.functional as reference
 from PIL import Image, ImageFilter
 
 from common.augment import (
-    Geometry,
+    CropGeometry,
     Photometric,
     PhotometricRanges,
     apply_geometry,
@@ -79,7 +79,7 @@ def test_scale_one_keeps_the_size():
     assert (geometry.height, geometry.width) == (375, 500)
 
 
-def test_probabilities_and_ranges_of_colour_changes():
+def test_probabilities_and_ranges_of_color_changes():
     drawn = [draw_photometric(rng) for rng in rngs(1000)]
     assert 0.75 < np.mean([bool(d.jitter) for d in drawn]) < 0.85
     assert 0.45 < np.mean([d.blur_sigma is not None for d in drawn]) < 0.55
@@ -122,7 +122,7 @@ def test_image_label_and_confidence_stay_aligned(seed):
 )
 def test_padding_reflects_the_image_and_ignores_the_label(size, crop):
     image, label, confidence = noise(3, *size), torch.zeros(size, dtype=torch.uint8), torch.ones(size)
-    geometry = Geometry(*size, 0, 0)
+    geometry = CropGeometry(*size, 0, 0)
     padding = [(0, max(c - s, 0)) for s, c in zip(size, crop, strict=True)]
     expected = np.pad(image.numpy(), [(0, 0), *padding], mode="reflect")[:, : crop[0], : crop[1]]
     padded, label, confidence = apply_geometry(image, label, confidence, geometry, crop)
@@ -135,21 +135,21 @@ def test_padding_reflects_the_image_and_ignores_the_label(size, crop):
 
 def test_without_a_scale_pixels_are_only_cut_out():
     image, label, confidence = noise(3, 40, 50), (noise(40, 50) * 255).long(), noise(40, 50)
-    cut = apply_geometry(image, label, confidence, Geometry(40, 50, 5, 11), (20, 30))
+    cut = apply_geometry(image, label, confidence, CropGeometry(40, 50, 5, 11), (20, 30))
     assert all_equal(cut, (image[:, 5:25, 11:41], label[5:25, 11:41], confidence[5:25, 11:41]))
 
 
 @pytest.mark.parametrize("size", [(23, 31), (52, 90), (37, 41)])
 def test_nearest_is_that_of_torch(size):
     values = noise(37, 41)
-    _, _, ours = apply_geometry(noise(3, 37, 41), None, values, Geometry(*size, 0, 0), size)
+    _, _, ours = apply_geometry(noise(3, 37, 41), None, values, CropGeometry(*size, 0, 0), size)
     torchs = torch.nn.functional.interpolate(values[None, None], size, mode="nearest-exact")[0, 0]
     assert torch.equal(ours, torchs)
 
 
 def test_maps_with_more_dimensions_and_absent_maps():
     image, confidence = noise(3, 20, 22), noise(2, 20, 22)
-    geometry = Geometry(26, 17, 4, 0)
+    geometry = CropGeometry(26, 17, 4, 0)
     _, label, both = apply_geometry(image, None, confidence, geometry, (19, 19))
     assert label is None
     for one, expected in zip(confidence, both, strict=True):
@@ -160,7 +160,7 @@ def test_maps_with_more_dimensions_and_absent_maps():
 def test_memory_layout_of_a_decoder_changes_nothing():
     image = (noise(3, 30, 40) * 255).to(torch.uint8)
     decoded = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    geometry = Geometry(45, 60, 3, 7)
+    geometry = CropGeometry(45, 60, 3, 7)
     one, other = (apply_geometry(i, None, None, geometry, (32, 32))[0] for i in (image, decoded))
     assert torch.equal(one, other)
 
@@ -173,19 +173,19 @@ def test_flip_twice_is_nothing():
     assert all_equal(flip(*maps, False), maps)
 
 
-# ---- colour
+# ---- color
 
 
 def test_hue_is_that_of_torchvision():
     image = noise(3, 40, 40)
-    image[:, :8] = image[:1, :8]  # grey
-    image[:, 8:12] = (image[:, 8:12] > 0.5).float()  # pure colours, ties of the channels, black and white
+    image[:, :8] = image[:1, :8]  # gray
+    image[:, 8:12] = (image[:, 8:12] > 0.5).float()  # pure colors, ties of the channels, black and white
     for turns in (-0.5, -0.25, -0.1, 0.0, 0.01, 0.25, 0.5):
         ours = apply_photometric(image, Photometric((("hue", turns),)))
         torch.testing.assert_close(ours, reference.adjust_hue(image, turns), rtol=0, atol=1e-5)
 
 
-def test_colour_changes_are_made_in_their_order():
+def test_color_changes_are_made_in_their_order():
     image = noise(3, 16, 16)
     brighter_first = (("brightness", 1.25), ("contrast", 0.75))
     expected = reference.adjust_contrast(reference.adjust_brightness(image, 1.25), 0.75)
@@ -224,7 +224,7 @@ def test_uint8_and_float_agree():
     changed = apply_photometric(eight_bit, ALL_CHANGES)
     assert changed.dtype == torch.uint8
     assert (changed / 255 - apply_photometric(real, ALL_CHANGES)).abs().max() <= 0.501 / 255
-    geometry = Geometry(61, 33, 8, 0)
+    geometry = CropGeometry(61, 33, 8, 0)
     resized = [apply_geometry(image, None, None, geometry, (36, 36))[0] for image in (eight_bit, real)]
     assert (resized[0] / 255 - resized[1]).abs().max() <= 1.01 / 255
     torch.testing.assert_close(normalize(eight_bit), normalize(real))
@@ -292,7 +292,7 @@ def test_every_pixel_is_its_own_or_of_the_next_image(mode):
             assert torch.equal(m[i], torch.where(kept, o[i], o[other]))
 
 
-def test_cutout_leaves_the_mean_colour_and_no_label():
+def test_cutout_leaves_the_mean_color_and_no_label():
     image, label, confidence = batch(2)
     cut_image, cut_label, cut_confidence = mix_batch("cutout", image, label, confidence, rngs(2))
     gone = cut_confidence == 0
@@ -388,7 +388,7 @@ def test_inputs_are_left_as_they_are():
     eight_bit = (own[0][0] * 255).to(torch.uint8)
     copy = eight_bit.clone()
     apply_photometric(eight_bit, ALL_CHANGES)
-    apply_geometry(eight_bit, None, None, Geometry(30, 15, 2, 0), (20, 20))
+    apply_geometry(eight_bit, None, None, CropGeometry(30, 15, 2, 0), (20, 20))
     assert torch.equal(eight_bit, copy)
 
 

@@ -17,7 +17,7 @@ from cac_cps.crops import draw_size
 from cac_cps.panels import COMMON, save_pair_panel
 from cac_cps.train import CACNetwork, first_contrastive_step
 from common.config import load_config
-from common.datasets import open_source
+from common.datasets import open_reader
 from common.datasets.shapes import make_shapes
 from common.errors import UserError
 from common.evaluation.cli import main_eval
@@ -150,22 +150,22 @@ def test_pictures_of_pairs_leave_out_what_cannot_be_read_and_end_with_the_run(tm
     config = load_config(Config, "cac_cps/configs/demo.json")
     config.data = replace(config.data, root=str(tmp_path), crop_size=(32, 32))
     config.model = replace(config.model, channels=8)
-    source, (bad, *others) = open_source(config.data), sorted(path.stem for path in (tmp_path / "JPEGImages").iterdir())
-    source.skip_bad_files = True
-    source.image_path(bad).write_bytes(b"no picture")
+    reader, (bad, *others) = open_reader(config.data), sorted(path.stem for path in (tmp_path / "JPEGImages").iterdir())
+    reader.skip_bad_files = True
+    reader.image_path(bad).write_bytes(b"no picture")
     split, network = Split([], [bad, *others], others), CACNetwork(config.model, 8)
 
     def pictures(stops: bool) -> list[Image.Image]:
         run = SimpleNamespace(
             is_main=True,
-            is_asked_to_stop=lambda: stops,
+            stop_requested=lambda: stops,
             picture_path=lambda: tmp_path / "step.png",
             folder=tmp_path,
             step=7,
             device=torch.device("cpu"),
             accelerator=SimpleNamespace(unwrap_model=lambda network, **_: network),
         )
-        save_pair_panel(network, source, split, config, run)
+        save_pair_panel(network, reader, split, config, run)
         return [Image.open(path) for path in sorted(tmp_path.glob("*.png"))]
 
     assert pictures(stops=True) == []

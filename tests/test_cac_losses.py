@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from cac_cps import losses
 from cac_cps.losses import context_loss, cross_pseudo_loss, directional_loss, directions, pseudo_label
 from cac_cps.train import Bank
-from common.engine.finite import Buffers
+from common.engine.finite import BufferSnapshot
 
 CLASSES, DIMS, TEMP = 5, 8, 0.1
 
@@ -105,10 +105,10 @@ def test_the_bank_forgets_the_oldest_pass_and_is_restored_as_full_as_it_was():
 def test_the_bank_of_an_undone_step_is_as_full_as_before():
     bank = Bank(passes=2, rows=3, dims=DIMS)
     bank.push(unit(3), torch.zeros(3))
-    buffers = Buffers([bank])
-    buffers.keep()
+    buffers = BufferSnapshot([bank])
+    buffers.save()
     bank.push(unit(3), torch.ones(3))
-    buffers.put_back()
+    buffers.restore()
     bank.recount()
     assert bank.filled == 1
     _, label = bank.push(unit(3), torch.full((3,), 2))

@@ -137,8 +137,8 @@ def test_one_epoch(trained, shapes_root, tmp_path):
         label = np.asarray(Image.open(shapes_root / "SegmentationClassAug" / path.name))
         right += (np.asarray(Image.open(path)) == label).sum()
         labeled += (label != 255).sum()
-        ids, coloured = Image.open(path), Image.open(pictures / "prediction" / path.name)
-        assert (ids.mode, coloured.mode) == ("L", "P") and np.array_equal(ids, coloured)
+        ids, colored = Image.open(path), Image.open(pictures / "prediction" / path.name)
+        assert (ids.mode, colored.mode) == ("L", "P") and np.array_equal(ids, colored)
         beside = np.asarray(Image.open(pictures / "side_by_side" / path.name))
         assert beside.shape == (48, 3 * 64 + 30, 3)
     assert len(list((pictures / "ids").iterdir())) == 7

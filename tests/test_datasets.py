@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.config.sections import DataConfig
-from common.datasets import cityscapes, gta5, open_source
+from common.datasets import cityscapes, gta5, open_reader
 from common.datasets.cityscapes import Cityscapes
 from common.datasets.folder import Folder
 from common.datasets.gta5 import GTA5
@@ -53,17 +53,17 @@ def voc_tree(root: Path, folder: str = "SegmentationClassAug", palette: np.ndarr
 @pytest.mark.parametrize("place", [".", "VOC2012", "VOCdevkit/VOC2012", "VOCtrainval_11-May-2012/VOCdevkit/VOC2012"])
 def test_voc_is_found_in_the_usual_places(tmp_path, place):
     voc_tree(tmp_path / place)
-    source = VOC(tmp_path)
-    assert source.names("train") == ["2007_000001", "2007_000002"]
-    assert source.names("val") == ["2008_000001"]
-    assert "SegmentationClassAug" in source.layout
-    assert len(source.classes) == 21
+    reader = VOC(tmp_path)
+    assert reader.names("train") == ["2007_000001", "2007_000002"]
+    assert reader.names("val") == ["2008_000001"]
+    assert "SegmentationClassAug" in reader.layout
+    assert len(reader.classes) == 21
 
 
-@pytest.mark.parametrize("palette", [None, voc_palette()], ids=["grey", "palette"])
+@pytest.mark.parametrize("palette", [None, voc_palette()], ids=["gray", "palette"])
 def test_voc_labels_are_the_stored_ids(tmp_path, palette):
-    source = VOC(voc_tree(tmp_path, palette=palette))
-    image, label = source.read_pair("2007_000001")
+    reader = VOC(voc_tree(tmp_path, palette=palette))
+    image, label = reader.read_pair("2007_000001")
     assert image.dtype == torch.uint8 and image.shape == (3, 2, 3)
     assert (image.flatten(1).float().mean(1) - torch.tensor([10.0, 20, 30])).abs().max() < 3
     assert label.dtype == torch.uint8
@@ -74,9 +74,9 @@ def test_voc_prefers_augmented_labels_and_falls_back_on_its_own(tmp_path):
     voc_tree(tmp_path, "SegmentationClass")
     assert "SegmentationClassAug" not in VOC(tmp_path).layout
     save(tmp_path / "SegmentationClassAug" / "2007_000001.png", VALUES)
-    source = VOC(tmp_path)
-    assert source.label_path("2007_000001").parent.name == "SegmentationClassAug"
-    assert source.names("train") == ["2007_000001"]
+    reader = VOC(tmp_path)
+    assert reader.label_path("2007_000001").parent.name == "SegmentationClassAug"
+    assert reader.names("train") == ["2007_000001"]
 
 
 def test_voc_takes_the_training_list_where_there_is_one(tmp_path):
@@ -89,19 +89,19 @@ def test_voc_as_cps_arranges_it(tmp_path):
     for folder, name in (("train_aug", "2007_000001"), ("val", "2008_000001")):
         save_image(tmp_path / "pascal_voc" / folder / "image" / f"{name}.jpg")
         save(tmp_path / "pascal_voc" / folder / "label" / f"{name}.png", VALUES)
-    source = VOC(tmp_path)
-    assert source.names("train") == ["2007_000001"] and source.names("val") == ["2008_000001"]
-    assert "train_aug" in source.layout
+    reader = VOC(tmp_path)
+    assert reader.names("train") == ["2007_000001"] and reader.names("val") == ["2008_000001"]
+    assert "train_aug" in reader.layout
     for name in ("2007_000001", "2008_000001"):
-        assert source.read_pair(name)[1].tolist() == VALUES.tolist()
+        assert reader.read_pair(name)[1].tolist() == VALUES.tolist()
 
 
 def test_unlabeled_images_need_no_labels(tmp_path):
-    source = VOC(voc_tree(tmp_path))
-    assert source.read_image("2009_000009").shape == (3, 2, 3)
-    assert not source.has_label("2009_000009") and source.has_label("2007_000001")
+    reader = VOC(voc_tree(tmp_path))
+    assert reader.read_image("2009_000009").shape == (3, 2, 3)
+    assert not reader.has_label("2009_000009") and reader.has_label("2007_000001")
     with pytest.raises(UserError, match=r"no label of 2009_000009: .*2009_000009\.png"):
-        source.label_path("2009_000009")
+        reader.label_path("2009_000009")
 
 
 # ---- Cityscapes ----
@@ -132,23 +132,23 @@ def test_cityscapes_trees_of_the_papers(tmp_path, images, labels, suffix):
     city_image(tmp_path / images, "val", "frankfurt_000000_000294")
     stored = LABEL_IDS if suffix.endswith("labelIds.png") else TRAIN_IDS
     save(tmp_path / labels / "train" / "aachen" / f"{STEM}{suffix}", stored)
-    source = Cityscapes(tmp_path)
-    assert source.names("train") == [CITY]
-    assert source.names("val") == ["frankfurt_000000_000294_leftImg8bit"]
-    assert source.read_pair(CITY)[1].tolist() == TRAIN_IDS.tolist()
-    assert suffix in source.layout
-    assert ("label ids" in source.layout) == (stored is LABEL_IDS)
+    reader = Cityscapes(tmp_path)
+    assert reader.names("train") == [CITY]
+    assert reader.names("val") == ["frankfurt_000000_000294_leftImg8bit"]
+    assert reader.read_pair(CITY)[1].tolist() == TRAIN_IDS.tolist()
+    assert suffix in reader.layout
+    assert ("label ids" in reader.layout) == (stored is LABEL_IDS)
 
 
 def test_cityscapes_as_cps_arranges_it(tmp_path):
     for subset, stem in (("train", STEM), ("val", "frankfurt_000000_000294")):
         save_image(tmp_path / "city" / "images" / subset / f"{stem}.png", (1, 4))
         save(tmp_path / "city" / "segmentation" / subset / f"{stem}_gtFine.png", TRAIN_IDS)
-    source = Cityscapes(tmp_path)
-    assert source.names("train") == [CITY]
-    for name in source.names("train") + source.names("val"):
-        assert source.read_pair(name)[1].tolist() == TRAIN_IDS.tolist()
-    assert "train ids" in source.layout
+    reader = Cityscapes(tmp_path)
+    assert reader.names("train") == [CITY]
+    for name in reader.names("train") + reader.names("val"):
+        assert reader.read_pair(name)[1].tolist() == TRAIN_IDS.tolist()
+    assert "train ids" in reader.layout
 
 
 def test_cityscapes_prefers_label_ids(tmp_path):
@@ -180,20 +180,20 @@ def test_cityscapes_refuses_unknown_values(tmp_path, suffix, value):
 
 def test_cityscapes_without_labels_gives_images(tmp_path):
     city_image(tmp_path / "leftImg8bit")
-    source = Cityscapes(tmp_path)
-    assert source.read_image(CITY).shape == (3, 1, 4)
-    assert "no labels" in source.layout and not source.has_label(CITY)
+    reader = Cityscapes(tmp_path)
+    assert reader.read_image(CITY).shape == (3, 1, 4)
+    assert "no labels" in reader.layout and not reader.has_label(CITY)
     with pytest.raises(UserError, match="no label of"):
-        source.read_label(CITY)
+        reader.read_label(CITY)
 
 
 def test_cityscapes_ids_end_as_the_files_do(tmp_path):
     city_image(tmp_path / "leftImg8bit")
-    source = Cityscapes(tmp_path)
+    reader = Cityscapes(tmp_path)
     with pytest.raises(UserError, match="_leftImg8bit"):
-        source.image_path(STEM)
+        reader.image_path(STEM)
     with pytest.raises(UserError, match=r"no image of bonn_1_2_leftImg8bit below .*leftImg8bit: looked for train/bonn"):
-        source.image_path("bonn_1_2_leftImg8bit")
+        reader.image_path("bonn_1_2_leftImg8bit")
 
 
 # ---- GTA5 ----
@@ -202,15 +202,15 @@ COLORS = np.array([[(128, 64, 128), (119, 11, 32), (0, 0, 0), (111, 74, 0)]], np
 
 
 @pytest.mark.parametrize("subset", [".", "train"])
-def test_gta5_colours_become_train_ids(tmp_path, subset):
+def test_gta5_colors_become_train_ids(tmp_path, subset):
     save_image(tmp_path / "images" / subset / "00001.png", (1, 4))
     save(tmp_path / "labels" / subset / "00001.png", COLORS)
-    source = GTA5(tmp_path)
-    assert source.names("train") == ["00001"] and source.names("val") == []
-    assert source.read_pair("00001")[1].tolist() == TRAIN_IDS.tolist()
+    reader = GTA5(tmp_path)
+    assert reader.names("train") == ["00001"] and reader.names("val") == []
+    assert reader.read_pair("00001")[1].tolist() == TRAIN_IDS.tolist()
 
 
-def test_gta5_palette_labels_go_by_their_colours(tmp_path):
+def test_gta5_palette_labels_go_by_their_colors(tmp_path):
     save_image(tmp_path / "images" / "00001.png", (1, 4))
     palette = np.zeros((256, 3))
     palette[[5, 6, 7, 8]] = COLORS[0]
@@ -218,23 +218,23 @@ def test_gta5_palette_labels_go_by_their_colours(tmp_path):
     assert GTA5(tmp_path).read_label("00001").tolist() == TRAIN_IDS.tolist()
 
 
-def test_gta5_grey_labels_hold_train_ids(tmp_path):
+def test_gta5_gray_labels_hold_train_ids(tmp_path):
     save_image(tmp_path / "images" / "00001.png", (1, 4))
     save(tmp_path / "labels" / "00001.png", np.array([[0, 18, 250, 255]], np.uint8))
     assert GTA5(tmp_path).read_label("00001").tolist() == TRAIN_IDS.tolist()
 
 
-def test_gta5_knows_every_colour_of_the_classes_and_refuses_others(tmp_path):
+def test_gta5_knows_every_color_of_the_classes_and_refuses_others(tmp_path):
     save_image(tmp_path / "images" / "00001.png", (1, 19))
     path = save(tmp_path / "labels" / "00001.png", np.array([cityscapes.COLORS], np.uint8))
     assert GTA5(tmp_path).read_label("00001")[0].tolist() == list(range(19))
     save(path, np.array([gta5.VOID_COLORS], np.uint8))
     assert set(GTA5(tmp_path).read_label("00001")[0].tolist()) == {255}
     save(path, np.array([[(1, 2, 3)]], np.uint8))
-    with pytest.raises(UserError, match=r"00001\.png holds the colour \(1, 2, 3\)"):
+    with pytest.raises(UserError, match=r"00001\.png holds the color \(1, 2, 3\)"):
         GTA5(tmp_path).read_label("00001")
     save(path, np.array([[1]], np.uint8), np.array([[0, 0, 0], [9, 9, 9]]))
-    with pytest.raises(UserError, match=r"00001\.png holds the colour \(9, 9, 9\)"):
+    with pytest.raises(UserError, match=r"00001\.png holds the color \(9, 9, 9\)"):
         GTA5(tmp_path).read_label("00001")
 
 
@@ -247,14 +247,14 @@ def test_folder_with_a_list_for_validation(tmp_path):
     save(tmp_path / "masks" / "c.png", np.array([[0, 1, 255]] * 2, np.uint8))
     (tmp_path / "names.txt").write_text("road\nwall\n")
     (tmp_path / "val.txt").write_text("c\n")
-    source = Folder(tmp_path, "pictures", "masks", "names.txt")
-    assert source.classes == ("road", "wall")
-    assert source.names("train") == ["a b"] and source.names("val") == ["c"]
-    assert source.read_pair("c")[1].tolist() == [[0, 1, 255]] * 2
-    assert source.read_image("a b").shape == (3, 2, 3) and not source.has_label("a b")
+    reader = Folder(tmp_path, "pictures", "masks", "names.txt")
+    assert reader.classes == ("road", "wall")
+    assert reader.names("train") == ["a b"] and reader.names("val") == ["c"]
+    assert reader.read_pair("c")[1].tolist() == [[0, 1, 255]] * 2
+    assert reader.read_image("a b").shape == (3, 2, 3) and not reader.has_label("a b")
     save(tmp_path / "masks" / "c.png", np.array([[2]], np.uint8))
     with pytest.raises(UserError, match=r"c\.png holds 2,"):
-        source.read_label("c")
+        reader.read_label("c")
 
 
 def test_folder_with_subsets_as_camvid_has_them(tmp_path):
@@ -262,9 +262,9 @@ def test_folder_with_subsets_as_camvid_has_them(tmp_path):
         save_image(tmp_path / subset / f"{subset}1.png")
         save(tmp_path / f"{subset}annot" / f"{subset}1.png", np.zeros((2, 3), np.uint8))
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
-    source = Folder(tmp_path, "{subset}", "{subset}annot", "classes.txt")
-    assert source.names("train") == ["train1"] and source.names("val") == ["val1"]
-    assert source.read_pair("val1")[1].sum() == 0
+    reader = Folder(tmp_path, "{subset}", "{subset}annot", "classes.txt")
+    assert reader.names("train") == ["train1"] and reader.names("val") == ["val1"]
+    assert reader.read_pair("val1")[1].sum() == 0
 
 
 def test_folder_whose_labels_have_an_ending(tmp_path):
@@ -272,10 +272,10 @@ def test_folder_whose_labels_have_an_ending(tmp_path):
         save_image(tmp_path / "images" / f"{name}.jpg")
         save(tmp_path / "labels" / f"{name}_L.png", np.full((2, 3), len(name) > 1, np.uint8))
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
-    source = Folder(tmp_path, "images", "labels", "classes.txt")
-    assert source.label_path("x").name == "x_L.png"
-    assert source.read_pair("x_1")[1].min() == 1
-    assert "_L" in source.layout
+    reader = Folder(tmp_path, "images", "labels", "classes.txt")
+    assert reader.label_path("x").name == "x_L.png"
+    assert reader.read_pair("x_1")[1].min() == 1
+    assert "_L" in reader.layout
 
 
 def test_folder_says_what_is_missing(tmp_path):
@@ -285,11 +285,11 @@ def test_folder_says_what_is_missing(tmp_path):
     with pytest.raises(UserError, match=r"no images in .*images"):
         Folder(tmp_path, "images", "labels", "classes.txt")
     save_image(tmp_path / "images" / "a.jpg")
-    source = Folder(tmp_path, "images", "labels", "classes.txt")
+    reader = Folder(tmp_path, "images", "labels", "classes.txt")
     with pytest.raises(UserError, match=r"val\.txt"):
-        source.names("val")
+        reader.names("val")
     with pytest.raises(UserError, match=r"no image of b: .*images.b\.\* does not exist"):
-        source.read_image("b")
+        reader.read_image("b")
     save_image(tmp_path / "images" / "a.png")
     with pytest.raises(UserError, match="same id a"):
         Folder(tmp_path, "images", "labels", "classes.txt")
@@ -299,20 +299,20 @@ def test_folder_says_what_is_missing(tmp_path):
 
 
 def test_sizes_that_differ_are_both_named(tmp_path):
-    source = VOC(voc_tree(tmp_path))
+    reader = VOC(voc_tree(tmp_path))
     save_image(tmp_path / "JPEGImages" / "2007_000001.jpg", (5, 4))
     with pytest.raises(UserError, match=r"2007_000001\.jpg is 4x5 but its label .*2007_000001\.png is 3x2"):
-        source.read_pair("2007_000001")
+        reader.read_pair("2007_000001")
 
 
 @pytest.mark.parametrize("harm", ["truncated", "text", "empty"])
 def test_broken_files_are_named(tmp_path, harm):
-    source = VOC(voc_tree(tmp_path))
+    reader = VOC(voc_tree(tmp_path))
     rng = np.random.default_rng(0)
     save(tmp_path / "JPEGImages" / "2007_000001.jpg", rng.integers(0, 255, (64, 64, 3), np.uint8))
     save(tmp_path / "SegmentationClassAug" / "2007_000001.png", rng.integers(0, 20, (64, 64), np.uint8))
     name = "2007_000001"
-    for path, read in ((source.image_path(name), source.read_image), (source.label_path(name), source.read_label)):
+    for path, read in ((reader.image_path(name), reader.read_image), (reader.label_path(name), reader.read_label)):
         whole = path.read_bytes()
         path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"no picture " * 9, "empty": b""}[harm])
         with pytest.raises(UserError, match=rf"{path.name} cannot be decoded"):
@@ -320,20 +320,20 @@ def test_broken_files_are_named(tmp_path, harm):
 
 
 def test_label_pictures_that_would_be_misread_are_refused(tmp_path):
-    source = VOC(voc_tree(tmp_path))
-    path = source.label_path("2007_000001")
+    reader = VOC(voc_tree(tmp_path))
+    path = reader.label_path("2007_000001")
     save(path, np.zeros((2, 3, 3), np.uint8))
     with pytest.raises(UserError, match="mode RGB"):
-        source.read_label("2007_000001")
+        reader.read_label("2007_000001")
     save(path, np.zeros((2, 3), np.uint16))
     with pytest.raises(UserError, match="mode I;16"):
-        source.read_label("2007_000001")
+        reader.read_label("2007_000001")
     Image.fromarray(np.array([[0, 1, 3]], np.uint8)).save(path, bits=2)
     with pytest.raises(UserError, match="fewer than 8 bits"):
-        source.read_label("2007_000001")
+        reader.read_label("2007_000001")
     save(path, np.array([[0, 21, 22]], np.uint8))
     with pytest.raises(UserError, match=r"2007_000001\.png holds 21, 22,"):
-        source.read_label("2007_000001")
+        reader.read_label("2007_000001")
 
 
 def test_16_bit_images_are_refused(tmp_path):
@@ -346,14 +346,14 @@ def test_16_bit_images_are_refused(tmp_path):
 @pytest.mark.parametrize("dataset", ["voc", "cityscapes", "gta5"])
 def test_a_root_without_the_tree_is_told(tmp_path, dataset):
     with pytest.raises(UserError, match=rf"tree under {tmp_path}: looked for"):
-        open_source(DataConfig(dataset, str(tmp_path), ""))
+        open_reader(DataConfig(dataset, str(tmp_path), ""))
     with pytest.raises(UserError, match=r"nowhere is not a folder: set data\.root"):
-        open_source(DataConfig(dataset, str(tmp_path / "nowhere"), ""))
+        open_reader(DataConfig(dataset, str(tmp_path / "nowhere"), ""))
 
 
 def test_sources_travel_to_loader_processes(tmp_path):
-    source = pickle.loads(pickle.dumps(VOC(voc_tree(tmp_path))))
-    assert source.read_label("2007_000001").tolist() == VALUES.tolist()
+    reader = pickle.loads(pickle.dumps(VOC(voc_tree(tmp_path))))
+    assert reader.read_label("2007_000001").tolist() == VALUES.tolist()
 
 
 def test_palette_is_that_of_voc(tmp_path):
@@ -372,7 +372,7 @@ def test_built_in_trees_of_every_layout_show_the_same_scenes(tmp_path):
     for layout, reader in (("voc", VOC), ("cityscapes", Cityscapes), ("gta5", GTA5)):
         make_shapes(tmp_path / layout, layout, train=2, val=1, size=(24, 32))
         sources[layout] = reader(tmp_path / layout)
-    labels = {layout: source.read_pair(source.names("train")[0])[1] for layout, source in sources.items()}
+    labels = {layout: reader.read_pair(reader.names("train")[0])[1] for layout, reader in sources.items()}
     assert labels["voc"].unique().numel() > 2
     assert torch.equal(labels["voc"], labels["cityscapes"])
     assert torch.equal(labels["voc"], labels["gta5"])
@@ -385,13 +385,13 @@ def test_camvid_in_both_trees_holds_the_same_labels(request):
     folder = request.config.getoption("--realdata")
     if folder is None:
         pytest.skip("--realdata not given")
-    voc = open_source(DataConfig("voc", f"{folder}/camvid_voc", ""))
-    city = open_source(DataConfig("cityscapes", f"{folder}/camvid_cityscapes", ""))
-    assert [len(source.names(subset)) for source in (voc, city) for subset in ("train", "val")] == [367, 101] * 2
+    voc = open_reader(DataConfig("voc", f"{folder}/camvid_voc", ""))
+    city = open_reader(DataConfig("cityscapes", f"{folder}/camvid_cityscapes", ""))
+    assert [len(reader.names(subset)) for reader in (voc, city) for subset in ("train", "val")] == [367, 101] * 2
     counts = {}
-    for source in (voc, city):
-        labels = torch.stack([source.read_label(name) for name in source.names("val")])
-        counts[source] = torch.bincount(labels.flatten().int(), minlength=256)
+    for reader in (voc, city):
+        labels = torch.stack([reader.read_label(name) for name in reader.names("val")])
+        counts[reader] = torch.bincount(labels.flatten().int(), minlength=256)
     train_ids = [10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 18]
     assert counts[voc][1:12].tolist() == counts[city][train_ids].tolist()
     assert counts[voc][255] == counts[city][255]

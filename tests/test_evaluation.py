@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.config.sections import DataConfig, ModelConfig, RunConfig
-from common.datasets import open_source
+from common.datasets import open_reader
 from common.engine import checkpoints
 from common.engine.devices import launch_command, parse_devices
 from common.errors import UserError
@@ -99,10 +99,10 @@ def fake_run(folder: Path, steps: list[int], per_epoch: int | None = 10) -> Path
     return folder
 
 
-def expected_matrix(network, source, names, protocol=Protocol()) -> np.ndarray:
+def expected_matrix(network, reader, names, protocol=Protocol()) -> np.ndarray:
     matrix = np.zeros((3, 3), np.int64)
     for name in names:
-        image, label = source.read_pair(name)
+        image, label = reader.read_pair(name)
         prediction = predict(network, image[None], label.shape, protocol)[0].argmax(0)
         for g, p in zip(label.flatten().tolist(), prediction.flatten().tolist()):
             if g < 3:
@@ -115,20 +115,20 @@ def expected_matrix(network, source, names, protocol=Protocol()) -> np.ndarray:
 
 @pytest.mark.parametrize("protocol", [Protocol(), Protocol((16, 16), (0.5, 1.0), True)])
 def test_scores_are_those_of_a_loop(data, protocol):
-    network, source = Toy(), open_source(data)
-    matrix = expected_matrix(network, source, SIZES, protocol)
+    network, reader = Toy(), open_reader(data)
+    matrix = expected_matrix(network, reader, SIZES, protocol)
     union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
     for batch_size, workers in ((None, 0), (2, 1)):
-        scores = evaluate(network, source, list(SIZES), 3, Accelerator(cpu=True), protocol, batch_size, workers)
+        scores = evaluate(network, reader, list(SIZES), 3, Accelerator(cpu=True), protocol, batch_size, workers)
         np.testing.assert_allclose(scores.per_class_iou, matrix.diagonal() / union)
         assert scores.miou == pytest.approx((matrix.diagonal() / union).mean())
         assert scores.pixel_accuracy == pytest.approx(matrix.trace() / matrix.sum())
 
 
 def test_evaluation_leaves_network_and_random_numbers_alone(data):
-    network, source = Toy().train(), open_source(data)
+    network, reader = Toy().train(), open_reader(data)
     before = torch.get_rng_state(), network.layers[1].running_mean.clone()
-    evaluate(network, source, ["a", "b"], 3, Accelerator(cpu=True), workers=1)
+    evaluate(network, reader, ["a", "b"], 3, Accelerator(cpu=True), workers=1)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.equal(network.layers[1].running_mean, before[1]) and network.layers[2].training
 
@@ -138,21 +138,21 @@ def test_a_damaged_file_is_told_in_words_from_a_worker(data, tmp_path):
     (tmp_path / "classes.txt").write_text("road\nsky\ncar\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
     (tmp_path / "labels" / "a.png").write_bytes(b"no picture")
-    source = open_source(DataConfig(dataset="folder", root=str(tmp_path), split=""))
+    reader = open_reader(DataConfig(dataset="folder", root=str(tmp_path), split=""))
     with pytest.raises(UserError) as caught:
-        evaluate(Toy(), source, ["a"], 3, Accelerator(cpu=True), workers=1)
+        evaluate(Toy(), reader, ["a"], 3, Accelerator(cpu=True), workers=1)
     assert "a.png" in str(caught.value) and "Traceback" not in str(caught.value)
     with pytest.raises(UserError, match="empty"):
-        evaluate(Toy(), source, [], 3, Accelerator(cpu=True))
+        evaluate(Toy(), reader, [], 3, Accelerator(cpu=True))
 
 
 def test_samples_for_pictures_open_labels_only_when_asked(data, monkeypatch):
-    network, source = Toy(), open_source(data)
-    (sample,) = sample_predictions(network, source, ["b"], Protocol(), torch.device("cpu"))
+    network, reader = Toy(), open_reader(data)
+    (sample,) = sample_predictions(network, reader, ["b"], Protocol(), torch.device("cpu"))
     assert sample.prediction.shape == sample.label.shape == sample.confidence.shape == (24, 18)
     assert sample.confidence.min() >= 1 / 3 and sample.confidence.max() <= 1
-    monkeypatch.setattr(source, "read_label", lambda name: pytest.fail("a label was opened"))
-    (sample,) = sample_predictions(network, source, ["b"], Protocol(), torch.device("cpu"), with_label=False)
+    monkeypatch.setattr(reader, "read_label", lambda name: pytest.fail("a label was opened"))
+    (sample,) = sample_predictions(network, reader, ["b"], Protocol(), torch.device("cpu"), with_label=False)
     assert sample.label is None
 
 
@@ -279,11 +279,11 @@ def test_several_gpus_relaunch_the_same_command(run, monkeypatch):
 def test_command_line_prints_and_writes_scores_and_pictures(run, data, capsys):
     main_eval("toy", Config, [str(run), "-e", "0-9", "-s", "-d", "cpu"])
     output = capsys.readouterr().out
-    network, source = build_network(ModelConfig(**MODEL | {"pretrained": False})), open_source(data)
+    network, reader = build_network(ModelConfig(**MODEL | {"pretrained": False})), open_reader(data)
     for step, epoch in ((20, 1), (40, 3)):
         written = json.loads((run / "eval" / f"step_{step:08d}.json").read_text())
         network.load_state_dict(weights(run, step))
-        matrix = expected_matrix(network, source, SIZES)
+        matrix = expected_matrix(network, reader, SIZES)
         assert (written["step"], written["epoch"]) == (step, epoch)
         assert written["pixel_accuracy"] == pytest.approx(matrix.trace() / matrix.sum())
         assert list(written["per_class_iou"]) == ["road", "sky", "car"]
@@ -405,10 +405,10 @@ def test_two_processes_count_every_image_once(run, data, tmp_path):
         [*command, str(tmp_path / "script.py"), str(run), str(tmp_path)],
         check=True, timeout=120, env=environment, capture_output=True,
     )  # fmt: skip
-    network, source = build_network(ModelConfig(**MODEL | {"pretrained": False})), open_source(data)
+    network, reader = build_network(ModelConfig(**MODEL | {"pretrained": False})), open_reader(data)
     network.load_state_dict(weights(run, 40))
     expected = [
-        evaluate(network, source, names, 3, Accelerator(cpu=True), batch_size=1, workers=0) for names in ("abcde", "a")
+        evaluate(network, reader, names, 3, Accelerator(cpu=True), batch_size=1, workers=0) for names in ("abcde", "a")
     ]
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert sorted(name for _, opened, _ in told for name in opened) == sorted("abcde" + "a")

@@ -26,7 +26,7 @@ def falling(monkeypatch):
     """Let each evaluation of a run be worse than the one before, but that of statistics taken anew the best."""
 
     def evaluate(network, source, split, run, protocol):
-        is_training = any(network is module for module in run._parts.modules())
+        is_training = any(network is module for module in run._contents.modules())
         return Scores((0.5,) * 7, 1 / (1 + run.step) if is_training else 0.9, 7, 0.5)
 
     monkeypatch.setattr(parts, "evaluate_run", evaluate)
@@ -94,10 +94,10 @@ def domains(tmp_path):
     return [*own, "--data.split", str(tmp_path / "split"), "--method.adaptation.source_dataset", "gta5"]
 
 
-def test_gta5_adapts_to_cityscapes_with_colours_or_ids(domains, tiny, tmp_path, capsys):
+def test_gta5_adapts_to_cityscapes_with_colors_or_ids(domains, tiny, tmp_path, capsys):
     weighted = ["--run.steps", "3", "--method.class_balance", "true", "--method.half_size", "true"]
     logs = []
-    for name in ("colours", "ids"):
+    for name in ("colors", "ids"):
         folder = ["--run.dir", str(tmp_path / name)]
         train_domain_adaptation.main(tiny(ADAPTATION, *domains, *weighted, *folder))
         logs.append(metrics(tmp_path / name))
@@ -128,20 +128,20 @@ def test_labels_are_translated_once_and_originals_stay(tmp_path, capsys):
     root = tmp_path / "gta5"
     make_shapes(root, "gta5", train=4, val=0, size=(32, 40))
     files = sorted((root / "labels").iterdir())
-    Image.fromarray(np.full((32, 40, 3), (1, 2, 3), np.uint8)).save(files[1])  # a colour that is none
+    Image.fromarray(np.full((32, 40, 3), (1, 2, 3), np.uint8)).save(files[1])  # a color that is none
     files[2].write_bytes(files[2].read_bytes()[:60])
     before = {path: path.read_bytes() for path in files}
     source = GTA5(root)
-    colours = source.read_label(files[0].stem)
+    colors = source.read_label(files[0].stem)
 
     with pytest.raises(SystemExit) as stop:
         translate_labels.main([str(root), "--workers", "2"])
     output = capsys.readouterr()
     assert stop.value.code == 2 and output.err.startswith("error: 1 labels were not translated")
-    assert "1280 pixels of the colour (1, 2, 3)" in output.out and f"wrong: label {files[2]} cannot" in output.out
+    assert "1280 pixels of the color (1, 2, 3)" in output.out and f"wrong: label {files[2]} cannot" in output.out
     assert "3 labels translated" in output.out
     assert source.label_path(files[0].stem).parent.name == "label_ids"
-    assert torch.equal(source.read_label(files[0].stem), colours)
+    assert torch.equal(source.read_label(files[0].stem), colors)
     assert (source.read_label(files[1].stem) == 255).all()
     assert source.label_path(files[2].stem) == files[2]
     assert before == {path: path.read_bytes() for path in files}

@@ -16,15 +16,15 @@ from common.engine import checkpoints
 from common.errors import UserError
 from common.evaluation.export import SMALLEST, Deployed, export_network
 from common.evaluation.inference import Protocol, predict
-from common.evaluation.metainfo import Usage, plain_usage, read_usage, write_usage
+from common.evaluation.metainfo import MetaInfo, default_metainfo, read_metainfo, write_metainfo
 from common.models import build_network
 from common.predict import main
 
 MODEL = ModelConfig(3, "resnet18", channels=8, pretrained=False)
-SIZES = {"a": (40, 52), "sub/b": (40, 52), "c": (3, 70), "grey": (33, 20)}
+SIZES = {"a": (40, 52), "sub/b": (40, 52), "c": (3, 70), "gray": (33, 20)}
 
 
-USAGE = Usage(("road", "sky", "car"), voc_palette(), Protocol(multiple=8))
+USAGE = MetaInfo(("road", "sky", "car"), voc_palette(), Protocol(multiple=8))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def run(tmp_path_factory) -> Path:
         nn.init.normal_(network.classifier[-1].weight)
         checkpoints.write(folder / "checkpoints", {"step": step, "epoch": None}, network.state_dict())
     checkpoints.point(folder / "checkpoints", "last", 4)
-    write_usage(folder, USAGE)
+    write_metainfo(folder, USAGE)
     return folder
 
 
@@ -48,7 +48,7 @@ def images(tmp_path_factory) -> Path:
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     (folder / "sub").mkdir()
     for name, size in SIZES.items():
-        pixels = rng.integers(0, 256, size if name == "grey" else (*size, 3)).astype(np.uint8)
+        pixels = rng.integers(0, 256, size if name == "gray" else (*size, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{name}.png")
     (folder / "notes.txt").write_text("no image")
     return folder
@@ -133,16 +133,16 @@ def test_what_cannot_be_done_is_told(run, images, tmp_path, capsys, arguments, w
 
 
 def test_usage_is_read_as_it_was_written(run, tmp_path):
-    usage = read_usage(run, 3)
-    assert (usage.classes, usage.protocol) == (USAGE.classes, USAGE.protocol)
-    write_usage(tmp_path, replace(USAGE, protocol=Protocol((32, 48), (0.5, 1.0), True)))
-    assert read_usage(tmp_path, 3).protocol == Protocol((32, 48), (0.5, 1.0), True)
-    assert read_usage(tmp_path / "none", 3) is None
+    metainfo = read_metainfo(run, 3)
+    assert (metainfo.classes, metainfo.protocol) == (USAGE.classes, USAGE.protocol)
+    write_metainfo(tmp_path, replace(USAGE, protocol=Protocol((32, 48), (0.5, 1.0), True)))
+    assert read_metainfo(tmp_path, 3).protocol == Protocol((32, 48), (0.5, 1.0), True)
+    assert read_metainfo(tmp_path / "none", 3) is None
     with pytest.raises(UserError, match=r"names 3 classes, but the network of .* has 5"):
-        read_usage(tmp_path, 5)
+        read_metainfo(tmp_path, 5)
     (tmp_path / "usage.json").write_text('{"classes": []}')
     with pytest.raises(UserError, match="damaged"):
-        read_usage(tmp_path, 3)
+        read_metainfo(tmp_path, 3)
 
 
 class Toy(nn.Module):
@@ -161,11 +161,11 @@ def test_exported_programs_take_any_size(tmp_path, protocol):
     """The networks themselves are exported by the stress tests and the commands of docs/predict.md."""
     torch.manual_seed(0)
     network = Toy().eval()
-    usage = plain_usage(3)
-    export_network(network, Usage(usage.classes, usage.palette, protocol), tmp_path / "toy.pt2")
+    metainfo = default_metainfo(3)
+    export_network(network, MetaInfo(metainfo.classes, metainfo.palette, protocol), tmp_path / "toy.pt2")
     extra = {"usage.json": ""}
     program = torch.export.load(tmp_path / "toy.pt2", extra_files=extra).module()
-    assert json.loads(extra["usage.json"])["classes"] == list(usage.classes)
+    assert json.loads(extra["usage.json"])["classes"] == list(metainfo.classes)
     for size in ((3, 3, SMALLEST, SMALLEST), (1, 3, 99, 121), (1, 3, 160, 88), (2, 3, 81, 240)):
         image = torch.randint(0, 256, size, dtype=torch.uint8)
         torch.testing.assert_close(program(image), Deployed(network, protocol)(image), rtol=0, atol=1e-5)
@@ -175,5 +175,5 @@ def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
     program = type("Program", (), {"module": lambda self: lambda image: torch.zeros(1)})()
     monkeypatch.setattr("torch.export.export", lambda *args, **kwargs: program)
     with pytest.raises(UserError, match="not the trained one"):
-        export_network(Toy().eval(), plain_usage(3), tmp_path / "toy.pt2")
+        export_network(Toy().eval(), default_metainfo(3), tmp_path / "toy.pt2")
     assert not (tmp_path / "toy.pt2").exists()

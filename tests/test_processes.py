@@ -43,7 +43,7 @@ def batches(root: Path, processes: int, rank: int, step: int = 0, accumulation: 
         batch_size=total // processes // accumulation,
         step=step,
         device=torch.device("cpu"),
-        check_batch=lambda batch: None,
+        register_batch=lambda batch: None,
     )
     source = VOC(root, CLASSES)
     transform = CropTransform((32, 40), (0.5, 1.5))

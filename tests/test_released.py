@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common.config.sections import ModelConfig
 from common.evaluation.cli import main_eval
-from common.evaluation.metainfo import read_usage
+from common.evaluation.metainfo import read_metainfo
 from common.models import build_network
 from common.models.weights import UNREACHED, read_state
 from common.predict import main as predict_main
@@ -132,8 +132,10 @@ def test_written_as_ours_and_used_without_the_original(name, tmp_path, capsys):
     if len(networks) == 2:
         extra = read_state(run / "checkpoints" / "last" / "extra.safetensors")
         assert torch.equal(extra["second/low.0.weight"], networks[1].state_dict()["low.0.weight"])
-    usage = read_usage(run, 21)
-    assert usage.classes[15] == "person" and (usage.protocol.crop is None) == ("cps" not in THEIRS[name].model["head"])
+    metainfo = read_metainfo(run, 21)
+    assert metainfo.classes[15] == "person" and (metainfo.protocol.crop is None) == (
+        "cps" not in THEIRS[name].model["head"]
+    )
     Image.new("RGB", (40, 30)).save(tmp_path / "image.png")
     predict_main([str(run), str(tmp_path / "image.png"), "--out", str(tmp_path / "out"), "-d", "cpu", "--whole"])
     assert (tmp_path / "out" / "mask" / "image.png").exists()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from common.config.sections import DataConfig
-from common.datasets import open_source
+from common.datasets import open_reader
 from common.datasets.cityscapes import Cityscapes
 from common.datasets.shapes import CLASSES, make_shapes
 from common.datasets.voc import VOC
@@ -136,29 +136,29 @@ def test_every_rth_counts_are_the_published_ones():
 
 
 def test_class_covering_changes_the_random_choice_as_little_as_needed(tmp_path):
-    source = VOC(voc_tree(tmp_path))
-    names = candidates(source)
+    reader = VOC(voc_tree(tmp_path))
+    names = candidates(reader)
     for seed in range(5):
-        chosen = choose_class_covering(source, names, 12, seed)
-        shown = {int(value) for name in chosen for value in source.read_label(name).unique()} - {255}
+        chosen = choose_class_covering(reader, names, 12, seed)
+        shown = {int(value) for name in chosen for value in reader.read_label(name).unique()} - {255}
         assert shown == {0, 1, 2, 3, 4}
         assert len(set(chosen)) == 12
         assert len(set(chosen) & set(choose_random(names, 12, seed))) >= 8
-        assert choose_class_covering(source, names[::-1], 12, seed) == chosen
-    assert choose_class_covering(source, names, 40, 0) == choose_random(names, 40, 0)
-    assert len(set(choose_class_covering(source, names, 4, 0))) == 4
+        assert choose_class_covering(reader, names[::-1], 12, seed) == chosen
+    assert choose_class_covering(reader, names, 40, 0) == choose_random(names, 40, 0)
+    assert len(set(choose_class_covering(reader, names, 4, 0))) == 4
     with pytest.raises(UserError, match="3 images cannot show all 5 classes"):
-        choose_class_covering(source, names, 3, 0)
+        choose_class_covering(reader, names, 3, 0)
 
 
 def test_only_labeled_images_are_chosen_and_the_rest_is_unlabeled(tmp_path):
-    source = VOC(voc_tree(tmp_path))
+    reader = VOC(voc_tree(tmp_path))
     (tmp_path / "ImageSets/Segmentation/train_aug.txt").write_text("".join(f"{name}\n" for name in NAMES))
     for name in NAMES[10:]:
         (tmp_path / "SegmentationClassAug" / f"{name}.png").unlink()
-    assert candidates(source) == NAMES[:10]
-    split = complete(source, NAMES[:3])
-    assert split == Split(NAMES[:3], NAMES[3:], source.names("val"))
+    assert candidates(reader) == NAMES[:10]
+    split = complete(reader, NAMES[:3])
+    assert split == Split(NAMES[:3], NAMES[3:], reader.names("val"))
 
 
 # ---- the command ----
@@ -170,12 +170,12 @@ def make(root: Path, out: Path, *more: str) -> None:
 
 @pytest.mark.parametrize("method", ["random", "class-covering", "every-rth"])
 def test_make_writes_a_complete_split(tmp_path, method, capsys):
-    source = VOC(voc_tree(tmp_path / "voc"))
+    reader = VOC(voc_tree(tmp_path / "voc"))
     make(tmp_path / "voc", tmp_path / "splits", "--labels", "1/4", "--seed", "3", "--method", method)
     split = read_split(tmp_path / "splits" / "10" / "3")
     assert len(split.labeled) == 10
     assert sorted(split.labeled + split.unlabeled) == NAMES
-    assert split.valid == source.names("val")
+    assert split.valid == reader.names("val")
     assert "10 labeled, 30 unlabeled, 4 for validation" in capsys.readouterr().out
     make(tmp_path / "voc", tmp_path / "splits", "--labels", "10", "--seed", "3", "--method", method)
     if method == "every-rth":
@@ -227,13 +227,13 @@ def test_make_refuses_to_write_over_another_split(tmp_path, capsys):
 def test_built_in_data_bring_their_split(tmp_path):
     make_shapes(tmp_path / "shapes", "voc", train=24, val=3, size=(24, 32))
     data = DataConfig("shapes", str(tmp_path / "shapes"), str(tmp_path / "shapes" / "splits" / "6" / "1"))
-    source = open_source(data)
-    assert len(source.classes) == 7
+    reader = open_reader(data)
+    assert len(reader.classes) == 7
     split = read_split(data.split)
     assert (len(split.labeled), len(split.unlabeled), len(split.valid)) == (6, 18, 3)
-    shown = {int(value) for name in split.labeled for value in source.read_label(name).unique()} - {255}
+    shown = {int(value) for name in split.labeled for value in reader.read_label(name).unique()} - {255}
     assert shown == set(range(7))
-    open_source(data)
+    open_reader(data)
     assert read_split(data.split) == split
 
 
@@ -243,8 +243,8 @@ def test_built_in_data_are_made_on_first_use(tmp_path, monkeypatch):
         "common.datasets.make_shapes", lambda root, layout: made.append(make_shapes(root, layout, 2, 1))
     )
     data = DataConfig("shapes", str(tmp_path / "shapes"), str(tmp_path / "elsewhere" / "2" / "0"))
-    assert len(open_source(data).names("train")) == 2
-    assert len(open_source(data).names("val")) == 1
+    assert len(open_reader(data).names("train")) == 2
+    assert len(open_reader(data).names("val")) == 1
     assert len(made) == 1
     with pytest.raises(UserError, match="no split"):
         read_split(data.split)
@@ -253,20 +253,20 @@ def test_built_in_data_are_made_on_first_use(tmp_path, monkeypatch):
 def test_built_in_split_folders_name_labels_and_seed(tmp_path):
     make_shapes(tmp_path / "shapes", "voc", train=2, val=1, size=(24, 32))
     with pytest.raises(UserError, match="both numbers"):
-        open_source(DataConfig("shapes", str(tmp_path / "shapes"), str(tmp_path / "shapes" / "splits" / "few" / "0")))
+        open_reader(DataConfig("shapes", str(tmp_path / "shapes"), str(tmp_path / "shapes" / "splits" / "few" / "0")))
 
 
 def test_real_splits_partition_the_data(request):
     folder = request.config.getoption("--realdata")
     if folder is None:
         pytest.skip("--realdata not given")
-    source = VOC(Path(folder) / "camvid_voc")
+    reader = VOC(Path(folder) / "camvid_voc")
     for labels in (12, 23, 46, 92):
         for seed in (0, 1, 2):
             split = read_split(Path(folder, "camvid_voc", "splits", str(labels), str(seed)))
             assert len(split.labeled) == labels
-            assert sorted(split.labeled + split.unlabeled) == source.names("train")
-            assert split.valid == source.names("val")
+            assert sorted(split.labeled + split.unlabeled) == reader.names("train")
+            assert split.valid == reader.names("val")
 
 
 # ---- lists that a config names ----
@@ -274,32 +274,32 @@ def test_real_splits_partition_the_data(request):
 
 def test_lists_of_ids_and_the_datasets_own_validation_images(tmp_path):
     make_shapes(tmp_path, "voc", train=6, val=3, size=(24, 32))
-    source = VOC(tmp_path, CLASSES)
-    names = source.names("train")
+    reader = VOC(tmp_path, CLASSES)
+    names = reader.names("train")
     (tmp_path / "some.txt").write_bytes(f"{names[2]}\r\n{names[0]}\r\n".encode())
     (tmp_path / "all.txt").write_text("\n".join(names))
     data = DataConfig("voc", str(tmp_path), labeled_list=str(tmp_path / "some.txt"))
-    split = split_of(data, source)
-    assert (split.labeled, split.valid) == ([names[2], names[0]], source.names("val"))
+    split = split_of(data, reader)
+    assert (split.labeled, split.valid) == ([names[2], names[0]], reader.names("val"))
     assert split.unlabeled == [names[1], *names[3:]]
     data.unlabeled_list = str(tmp_path / "all.txt")
     with pytest.raises(UserError, match="2 images are both labeled and unlabeled"):
-        split_of(data, source)
+        split_of(data, reader)
     data.allow_overlap = True
-    assert split_of(data, source).unlabeled == names
+    assert split_of(data, reader).unlabeled == names
 
 
 def test_lists_of_paths_name_the_images_of_any_tree(tmp_path):
     make_shapes(tmp_path, "cityscapes", train=4, val=2, size=(24, 32))
-    source = Cityscapes(tmp_path)
-    names = source.names("train")
+    reader = Cityscapes(tmp_path)
+    names = reader.names("train")
     stems = [name.removesuffix("_leftImg8bit") for name in names]
     lines = [f"/images/train/{stem}.png\t/segmentation/train/{stem}_gtFine.png" for stem in stems[:2]]
     (tmp_path / "cps.txt").write_text("\n".join(lines))
     # As a script on Windows writes them.
     (tmp_path / "others.txt").write_text("".join(f"leftImg8bit\\train\\{name}.png\r\n" for name in names[2:]))
     lists = {"labeled_list": str(tmp_path / "cps.txt"), "unlabeled_list": str(tmp_path / "others.txt")}
-    split = split_of(DataConfig("cityscapes", str(tmp_path), **lists), source)
+    split = split_of(DataConfig("cityscapes", str(tmp_path), **lists), reader)
     assert (split.labeled, split.unlabeled) == (names[:2], names[2:])
 
 
@@ -313,18 +313,18 @@ def by_order(root: Path, split_id: int, labeled: int, **more) -> DataConfig:
 def test_the_first_of_an_order_are_labeled(tmp_path):
     root, order = voc_tree(tmp_path / "voc"), np.random.RandomState(0).permutation(40)
     (tmp_path / "split_2.pkl").write_bytes(pickle.dumps(order, protocol=3))
-    source, released = VOC(root), [NAMES[index] for index in order]
-    split = split_of(by_order(root, 2, 15, order_dir=str(tmp_path)), source)
-    assert (split.labeled, split.unlabeled, split.valid) == (released[:15], released[15:], source.names("val"))
-    randoms = [split_of(by_order(root, split_id, 15), source) for split_id in (3, 4, 3)]
+    reader, released = VOC(root), [NAMES[index] for index in order]
+    split = split_of(by_order(root, 2, 15, order_dir=str(tmp_path)), reader)
+    assert (split.labeled, split.unlabeled, split.valid) == (released[:15], released[15:], reader.names("val"))
+    randoms = [split_of(by_order(root, split_id, 15), reader) for split_id in (3, 4, 3)]
     assert randoms[0] == randoms[2] and randoms[0].labeled != randoms[1].labeled
     assert sorted(randoms[1].labeled + randoms[1].unlabeled) == NAMES
-    assert split_of(by_order(root, 3, 9), source).labeled == randoms[0].labeled[:9]
+    assert split_of(by_order(root, 3, 9), reader).labeled == randoms[0].labeled[:9]
 
 
 def test_built_in_data_have_random_orders(shapes_root):
     data = DataConfig("shapes", str(shapes_root), split_id=3, labeled_samples=5, split_seed=0)
-    split = split_of(data, open_source(data))
+    split = split_of(data, open_reader(data))
     assert (len(split.labeled), len(split.unlabeled), len(split.valid)) == (5, 19, 7)
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
-from common.visual import DARK, LIGHT, Sample, colourise, compare, curve, panel, save_label, side_by_side
+from common.visual import DARK, LIGHT, Sample, colorize, compare, curve, panel, save_label, side_by_side
 
 PALETTE = np.random.default_rng(0).integers(0, 200, (256, 3)).astype(np.uint8)
 CLASSES = ("background", "disc", "ring")
@@ -26,19 +26,19 @@ def sample(name: str = "a", height: int = 20, width: int = 30, **changes) -> Sam
     return Sample(name, **(given | changes))
 
 
-def test_colours_are_the_palette_and_ignore_is_white():
-    colours = colourise(torch.tensor([[0, 2], [255, 1]]), PALETTE)
-    assert colours.dtype == np.uint8
-    assert colours[1, 0].tolist() == [255, 255, 255]
-    assert np.array_equal(colours[0, 1], PALETTE[2])
+def test_colors_are_the_palette_and_ignore_is_white():
+    colors = colorize(torch.tensor([[0, 2], [255, 1]]), PALETTE)
+    assert colors.dtype == np.uint8
+    assert colors[1, 0].tolist() == [255, 255, 255]
+    assert np.array_equal(colors[0, 1], PALETTE[2])
 
 
-def test_saved_label_holds_ids_and_shows_colours(tmp_path):
+def test_saved_label_holds_ids_and_shows_colors(tmp_path):
     label = torch.tensor([[0, 1], [2, 255]], dtype=torch.uint8)
     save_label(label, PALETTE, tmp_path / "label.png")
     picture = Image.open(tmp_path / "label.png")
     assert np.array_equal(np.asarray(picture), label.numpy())
-    assert np.array_equal(np.asarray(picture.convert("RGB")), colourise(label, PALETTE))
+    assert np.array_equal(np.asarray(picture.convert("RGB")), colorize(label, PALETTE))
 
 
 def test_side_by_side_puts_black_between():

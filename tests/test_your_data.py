@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.config import load_config
 from common.config.sections import DataConfig
-from common.datasets import open_source
+from common.datasets import open_reader
 from common.datasets.folder import read_classes
 from common.errors import UserError
 from common.splits.split import read_split
@@ -29,10 +29,10 @@ SHORT = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--optim.batch_si
 
 
 def write_mask(path: Path, ids: np.ndarray, kind: str) -> None:
-    """`ids`, of which 3 is no class, as a mask of colours, of numbers, or of colours in a palette of another order."""
+    """`ids`, of which 3 is no class, as a mask of colors, of numbers, or of colors in a palette of another order."""
     if kind == "rgb":
         Image.fromarray(COLORS[ids]).save(path)
-    elif kind == "grey":
+    elif kind == "gray":
         Image.fromarray(np.where(ids == 3, 255, ids).astype(np.uint8)).save(path)
     else:
         picture = Image.fromarray((3 - ids).astype(np.uint8)).convert("P")
@@ -52,7 +52,7 @@ def draw(folder: Path, kind: str = "rgb", masks: int = 12) -> Path:
         Image.fromarray(image).save(mine / "photos" / f"p{number:02d}.jpg")
         if number < masks:
             write_mask(mine / "masks" / f"p{number:02d}_mask.png", ids, kind)
-    names = re.sub(r" \d+", "", BLOCKS["text"]).replace("ignore\n", "") if kind == "grey" else BLOCKS["text"]
+    names = re.sub(r" \d+", "", BLOCKS["text"]).replace("ignore\n", "") if kind == "gray" else BLOCKS["text"]
     (mine / "classes.txt").write_text(names)
     (folder / "mine.json").write_text(BLOCKS["json"])
     return mine
@@ -88,30 +88,30 @@ def make_command(folder: Path, monkeypatch) -> None:
     make(shlex.split(COMMANDS[0])[2:])
 
 
-@pytest.mark.parametrize("kind", ["rgb", "grey", "palette"])
+@pytest.mark.parametrize("kind", ["rgb", "gray", "palette"])
 def test_masks_of_every_kind_give_the_same_labels(kind, tmp_path, monkeypatch):
     mine = draw(tmp_path, kind)
     make_command(tmp_path, monkeypatch)
-    source = open_source(DataConfig(**json.loads(BLOCKS["json"])["data"]))
+    reader = open_reader(DataConfig(**json.loads(BLOCKS["json"])["data"]))
     split = read_split("data/mine/splits/8/0")
-    assert source.classes == ("road", "grass", "sky")
+    assert reader.classes == ("road", "grass", "sky")
     rng = np.random.RandomState(0)
     ids = np.sort(rng.randint(0, 3, (40, 1)), axis=0)
-    label = source.read_label("p00").numpy()
+    label = reader.read_label("p00").numpy()
     assert (label[:, 2:] == ids).all() and (label[:, :2] == 255).all()
-    assert not source.has_label("p12") and "p12" in split.unlabeled
+    assert not reader.has_label("p12") and "p12" in split.unlabeled
     assert mine.joinpath("splits").is_dir()
-    if kind != "grey":
-        assert source.palette[:3].tolist() == COLORS[:3].tolist()
+    if kind != "gray":
+        assert reader.palette[:3].tolist() == COLORS[:3].tolist()
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "RGB"])
-def test_black_and_white_masks_are_colours(mode, tmp_path):
+def test_black_and_white_masks_are_colors(mode, tmp_path):
     mine = draw(tmp_path, masks=1)
     classes(mine, "background 0 0 0", "thing 255 255 255")
     Image.fromarray(np.repeat([[0, 255]], 40, axis=0).astype(np.uint8)).convert(mode).save(mine / "masks/p00_mask.png")
-    source = open_source(DataConfig(**json.loads(BLOCKS["json"])["data"] | {"root": str(mine)}))
-    assert source.read_label("p00").tolist() == [[0, 1]] * 40
+    reader = open_reader(DataConfig(**json.loads(BLOCKS["json"])["data"] | {"root": str(mine)}))
+    assert reader.read_label("p00").tolist() == [[0, 1]] * 40
 
 
 def test_folders_may_be_anywhere(tmp_path):
@@ -119,9 +119,9 @@ def test_folders_may_be_anywhere(tmp_path):
     (tmp_path / "else").mkdir()
     (mine / "classes.txt").rename(tmp_path / "else" / "classes.txt")
     folders = {"image_dir": str(mine / "photos"), "label_dir": str(mine / "masks")}
-    source = open_source(DataConfig("folder", str(tmp_path / "else"), **folders))
-    assert len(source.names("train")) == 20 and source.has_label("p00") and not source.has_label("p12")
-    assert source.read_pair("p00")[0].shape == (3, 40, 48)
+    reader = open_reader(DataConfig("folder", str(tmp_path / "else"), **folders))
+    assert len(reader.names("train")) == 20 and reader.has_label("p00") and not reader.has_label("p12")
+    assert reader.read_pair("p00")[0].shape == (3, 40, 48)
 
 
 def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatch, capsys):
@@ -137,14 +137,14 @@ def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda mine: write_rgb(mine, (9, 9, 9)), r"p03_mask\.png holds the colour \(9, 9, 9\), which .*classes\.txt"),
+        (lambda mine: write_rgb(mine, (9, 9, 9)), r"p03_mask\.png holds the color \(9, 9, 9\), which .*classes\.txt"),
         (lambda mine: write_mask(mine / "masks/p03_mask.png", np.full((4, 4), 1), "rgb"), "is 48x40 but its label"),
         (lambda mine: (mine / "masks/p03_mask.png").write_bytes(b"x"), "cannot be decoded"),
         (
             lambda mine: classes(mine, "a", "b", "c"),
-            r"is a picture of colours: write .*classes\.txt, as in `road 128 64 128`",
+            r"is a picture of colors: write .*classes\.txt, as in `road 128 64 128`",
         ),
-        (lambda mine: classes(mine, "a 1 2 3", "b"), "b has no colour, but others have"),
+        (lambda mine: classes(mine, "a 1 2 3", "b"), "b has no color, but others have"),
         (lambda mine: classes(mine, "a 1 2 3", "b 1 2 3"), r"\(1, 2, 3\) occurs 2 times"),
         (lambda mine: classes(mine, "a", "a"), "a occurs 2 times"),
         (lambda mine: classes(mine, "a", "b", "ignore 1"), "1 is to be ignored, but is the id of b"),
@@ -183,7 +183,7 @@ def classes(mine: Path, *lines: str) -> None:
 
 
 def test_wrong_numbers_shares_and_class_counts_are_told(tmp_path, monkeypatch, capsys):
-    draw(tmp_path, "grey")
+    draw(tmp_path, "gray")
     monkeypatch.chdir(tmp_path)
     for more, message in (
         (["--valid", "12"], "none is left to learn from"),

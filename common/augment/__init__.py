@@ -8,7 +8,7 @@ Images are uint8 or float in [0, 1] until `normalize`, which is called right bef
 
 from common.augment.crops import ScaleChoiceCrop
 from common.augment.geometry import (
-    Geometry,
+    CropGeometry,
     apply_geometry,
     apply_geometry_batch,
     draw_flip,
@@ -17,7 +17,7 @@ from common.augment.geometry import (
     flip_batch,
     nearest_crop,
 )
-from common.augment.mixing import draw_toggled_masks, mix, mix_batch, toggled_masks
+from common.augment.mixing import cutmix_box_masks, draw_cutmix_box_masks, mix, mix_batch
 from common.augment.photometric import (
     Photometric,
     PhotometricRanges,
@@ -25,11 +25,11 @@ from common.augment.photometric import (
     apply_photometric_batch,
     draw_photometric,
 )
-from common.augment.views import recolor_and_flip
+from common.augment.views import color_jitter_blur_flip
 from common.images import denormalize, normalize
 
 __all__ = [
-    "Geometry",
+    "CropGeometry",
     "Photometric",
     "PhotometricRanges",
     "ScaleChoiceCrop",
@@ -37,17 +37,17 @@ __all__ = [
     "apply_geometry_batch",
     "apply_photometric",
     "apply_photometric_batch",
+    "color_jitter_blur_flip",
+    "cutmix_box_masks",
     "denormalize",
+    "draw_cutmix_box_masks",
     "draw_flip",
     "draw_geometry",
     "draw_photometric",
-    "draw_toggled_masks",
     "flip",
     "flip_batch",
     "mix",
     "mix_batch",
     "nearest_crop",
     "normalize",
-    "recolor_and_flip",
-    "toggled_masks",
 ]

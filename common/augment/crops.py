@@ -13,9 +13,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from common import IGNORE
-from common.augment.geometry import Geometry, nearest_crop
+from common.augment.geometry import CropGeometry, nearest_crop
 
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's, in grey levels: about 0 once normalised
+MEAN_COLOUR = (124, 116, 104)  # ImageNet's, in gray levels: about 0 once normalized
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class ScaleChoiceCrop:
         resized = functional.resize(image, [height, width], InterpolationMode.BILINEAR, antialias=False)
         image = cut(resized, [(top - above, left - before)], self.crop_size)[0]
         if label is not None:
-            label = nearest_crop(label, Geometry(height, width, top, left), self.crop_size, IGNORE)
+            label = nearest_crop(label, CropGeometry(height, width, top, left), self.crop_size, IGNORE)
             label = label.roll((above, before), (-2, -1))  # what it is rolled over is padding
         return image, label
 
 
 def cut(image: Tensor, corners: Sequence[tuple[int, int]], crop_size: Sequence[int]) -> list[Tensor]:
-    """Crops of `image` uint8 [3,H,W] at (top, left), which may be negative; the mean colour around the image."""
-    colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1)
+    """Crops of `image` uint8 [3,H,W] at (top, left), which may be negative; the mean color around the image."""
+    color = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1)
     crops = []
     for top, left in corners:
         inside = image[:, max(top, 0) : max(top + crop_size[0], 0), max(left, 0) : max(left + crop_size[1], 0)]
-        crop = colour.expand(3, *crop_size).clone()
+        crop = color.expand(3, *crop_size).clone()
         below, right = max(-top, 0), max(-left, 0)
         crop[:, below : below + inside.shape[1], right : right + inside.shape[2]] = inside
         crops.append(crop)

@@ -19,7 +19,7 @@ Maps = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
-class Geometry:
+class CropGeometry:
     """Resize to (`height`, `width`), then crop with its upper left corner at (`top`, `left`); pixels."""
 
     height: int
@@ -30,7 +30,7 @@ class Geometry:
 
 def draw_geometry(
     rng: Generator, size: Sequence[int], crop_size: Sequence[int], scale_range: Sequence[float]
-) -> Geometry:
+) -> CropGeometry:
     """Scale uniform in `scale_range`, crop position uniform. `size` and `crop_size` are (height, width)."""
     scale = rng.uniform(scale_range[0], scale_range[1])
     height, width = (max(1, int(side * scale)) for side in size)
@@ -38,11 +38,11 @@ def draw_geometry(
         int(rng.integers(0, max(side - crop, 0), endpoint=True))
         for side, crop in zip((height, width), crop_size, strict=True)
     )
-    return Geometry(height, width, top, left)
+    return CropGeometry(height, width, top, left)
 
 
 def apply_geometry(
-    image: Tensor, label: Tensor | None, confidence: Tensor | None, geometry: Geometry, crop_size: Sequence[int]
+    image: Tensor, label: Tensor | None, confidence: Tensor | None, geometry: CropGeometry, crop_size: Sequence[int]
 ) -> Maps:
     """Resize (image: bilinear with antialiasing, the others: nearest), pad to the crop, crop.
 
@@ -59,7 +59,7 @@ def apply_geometry_batch(
     image: Tensor,
     label: Tensor | None,
     confidence: Tensor | None,
-    geometries: Sequence[Geometry],
+    geometries: Sequence[CropGeometry],
     crop_size: Sequence[int],
 ) -> Maps:
     """`apply_geometry` with one geometry an image: `image` [B,3,H,W], `label` and `confidence` [B,...,H,W] or None."""
@@ -95,7 +95,7 @@ def flip_batch(image: Tensor, label: Tensor | None, confidence: Tensor | None, f
     return each(image), each(label), each(confidence)
 
 
-def _image_crop(image: Tensor, geometry: Geometry, crop_size: Sequence[int]) -> Tensor:
+def _image_crop(image: Tensor, geometry: CropGeometry, crop_size: Sequence[int]) -> Tensor:
     if image.shape[-2:] != (geometry.height, geometry.width):
         if image.dtype == torch.uint8:
             # Decoders deliver pixels channel by channel, and in that order uint8 is resized 3 to 5 times faster.
@@ -114,7 +114,7 @@ def _image_crop(image: Tensor, geometry: Geometry, crop_size: Sequence[int]) -> 
     return image.movedim(channels, 0)
 
 
-def nearest_crop(values: Tensor, geometry: Geometry, crop_size: Sequence[int], fill: int) -> Tensor:
+def nearest_crop(values: Tensor, geometry: CropGeometry, crop_size: Sequence[int], fill: int) -> Tensor:
     """The crop of `values` [...,H,W] resized to the nearest pixel, with `fill` below and right of what there is.
 
     Only the pixels of the crop are picked. The nearest pixel is that of torch's `nearest-exact`, in integers.
@@ -138,7 +138,7 @@ def nearest_crop(values: Tensor, geometry: Geometry, crop_size: Sequence[int], f
     return crop
 
 
-def _axes(geometry: Geometry, crop_size: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:
+def _axes(geometry: CropGeometry, crop_size: Sequence[int]) -> tuple[tuple[int, int, int, int], ...]:
     """(dimension, resized side, start of the crop, side of the crop) of rows and columns."""
     return (-2, geometry.height, geometry.top, crop_size[0]), (-1, geometry.width, geometry.left, crop_size[1])
 

@@ -45,7 +45,7 @@ def box_mask(boxes: Sequence[Box], height: int, width: int, device: torch.device
     return mask
 
 
-def draw_toggled_masks(
+def draw_cutmix_box_masks(
     rng: Generator,
     count: int,
     height: int,
@@ -70,15 +70,15 @@ def draw_toggled_masks(
     return masks
 
 
-def toggled_masks(
+def cutmix_box_masks(
     rngs: Sequence[Generator],
     size: Sequence[int],
     device: torch.device,
     proportions: tuple[float, float] = (0.25, 0.5),
     boxes: int = 3,
 ) -> Tensor:
-    """A mask of `draw_toggled_masks` of each generator: bool [B,*size] on `device`."""
-    masks = [draw_toggled_masks(rng, 1, *size, proportions, boxes) for rng in rngs]
+    """A mask of `draw_cutmix_box_masks` of each generator: bool [B,*size] on `device`."""
+    masks = [draw_cutmix_box_masks(rng, 1, *size, proportions, boxes) for rng in rngs]
     return to_device(np.concatenate(masks), device)
 
 
@@ -110,7 +110,7 @@ def mix(own: Tensor, partner: Tensor | int, mask: Tensor) -> Tensor:
 
 
 def cut_out(image: Tensor, label: Tensor, confidence: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outside `mask` the image gets the ImageNet mean colour (0 once normalised), the label 255, the confidence 0."""
+    """Outside `mask` the image gets the ImageNet mean color (0 once normalized), the label 255, the confidence 0."""
     mean, _ = imagenet_statistics(image.device)
     return mix(image, mean, mask), mix(label, IGNORE, mask), mix(confidence, 0, mask)
 

@@ -1,4 +1,4 @@
-"""Colour jitter, blur and normalisation: what changes colours and moves no pixel."""
+"""Color jitter, blur and normalization: what changes colors and moves no pixel."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional
 class PhotometricRanges:
     """What is drawn from; the defaults are those of PRCL and CSS.
 
-    Factors of brightness, contrast and saturation (1 = unchanged), hue in turns of the colour circle (0 = unchanged),
+    Factors of brightness, contrast and saturation (1 = unchanged), hue in turns of the color circle (0 = unchanged),
     `blur_sigma` in pixels.
     """
 
@@ -29,7 +29,7 @@ class PhotometricRanges:
 
 @dataclass(frozen=True)
 class Photometric:
-    """Colour changes in the order they are made, as (name, amount) (empty: none), then a blur (None: none)."""
+    """Color changes in the order they are made, as (name, amount) (empty: none), then a blur (None: none)."""
 
     jitter: tuple[tuple[str, float], ...] = ()
     blur_sigma: float | None = None
@@ -38,7 +38,7 @@ class Photometric:
 def draw_photometric(rng: Generator, ranges: PhotometricRanges = PhotometricRanges()) -> Photometric:
     """As many draws whatever they give, so that a change of one probability leaves the other draws alone."""
     jitter_chance, blur_chance = rng.random(2)
-    amounts = [(name, float(rng.uniform(*getattr(ranges, name)))) for name in _COLOUR_CHANGES]
+    amounts = [(name, float(rng.uniform(*getattr(ranges, name)))) for name in _COLOR_CHANGES]
     jitter = tuple(amounts[i] for i in rng.permutation(len(amounts)))
     sigma = float(rng.uniform(*ranges.blur_sigma))
     return Photometric(
@@ -51,10 +51,10 @@ def apply_photometric(image: Tensor, photometric: Photometric) -> Tensor:
     """Jitter, then blur an `image` [3,H,W], uint8 or float in [0, 1]; the type stays. `image` is left as it is."""
     if not photometric.jitter and photometric.blur_sigma is None:
         return image
-    # Float for uint8 too: the colour changes are faster on it and only one rounding is made.
+    # Float for uint8 too: the color changes are faster on it and only one rounding is made.
     result = image / 255 if image.dtype == torch.uint8 else image
     for name, amount in photometric.jitter:
-        result = _COLOUR_CHANGES[name](result, amount)
+        result = _COLOR_CHANGES[name](result, amount)
     if photometric.blur_sigma is not None:
         result = _blur(result, photometric.blur_sigma)
     return (result * 255).round_().to(torch.uint8) if image.dtype == torch.uint8 else result
@@ -99,13 +99,13 @@ def adjust_hue(image: Tensor, turns: float) -> Tensor:
     spread = highest - lowest
     not_red = torch.where(highest == green, (blue - red).add_(spread, alpha=2), (red - green).add_(spread, alpha=4))
     hue = torch.where(highest == red, green - blue, not_red)
-    # Grey has no hue: 0 / tiny = 0 keeps it grey.
+    # Gray has no hue: 0 / tiny = 0 keeps it gray.
     hue.div_(spread.clamp(min=torch.finfo(spread.dtype).tiny)).add_(6 * turns).remainder_(6)
     channels = [(hue - 3).abs_().sub_(1), 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_()]
     return torch.stack(channels, -3).clamp_(0, 1).mul_(spread.unsqueeze(-3)).add_(lowest.unsqueeze(-3))
 
 
-_COLOUR_CHANGES = {
+_COLOR_CHANGES = {
     "brightness": functional.adjust_brightness,
     "contrast": functional.adjust_contrast,
     "saturation": functional.adjust_saturation,

@@ -13,14 +13,14 @@ from common.augment.photometric import PhotometricRanges, apply_photometric_batc
 from common.seeding import generators
 
 
-def recolor_and_flip(
+def color_jitter_blur_flip(
     image: Tensor,
     label: Tensor | None,
     confidence: Tensor | None,
     rngs: Sequence[Generator],
     ranges: PhotometricRanges = PhotometricRanges(),
 ) -> Maps:
-    """Colour jitter, blur and a random mirror image, as each image's generator says.
+    """Color jitter, blur and a random mirror image, as each image's generator says.
 
     Args:
         image: [B,3,H,W], uint8 or float in [0, 1].
@@ -37,7 +37,7 @@ def recolor_and_flip(
 
 @dataclass(frozen=True)
 class CropTransform:
-    """Scale, pad, random crop; colours change and images are mirrored later, on the device.
+    """Scale, pad, random crop; colors change and images are mirrored later, on the device.
 
     Attributes:
         crop_size: Height and width of the result, pixels.
@@ -54,14 +54,14 @@ class CropTransform:
         return apply_geometry(image, label, None, geometry, self.crop_size)[:2]
 
 
-def labeled_view(
+def augment_labeled(
     image: torch.Tensor, label: torch.Tensor, positions: Sequence[int], seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is left to do on the device to a labeled batch: colours, blur and mirror, as seed and positions say.
+    """What is left to do on the device to a labeled batch: colors, blur and mirror, as seed and positions say.
 
     Returns:
         Image float [B,3,H,W] in [0,1], and label.
     """
     rngs = generators(seed, "labeled, on the device", positions)
-    image, label, _ = recolor_and_flip(image, label, None, rngs)
+    image, label, _ = color_jitter_blur_flip(image, label, None, rngs)
     return image, label

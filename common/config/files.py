@@ -99,7 +99,7 @@ def sections_of(flat: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
+def did_you_mean(key: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown key: the known one that was meant, if any is like it."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

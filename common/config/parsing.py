@@ -18,14 +18,14 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
-from common.config.files import Translation, flatten, nearest, read_config
+from common.config.files import Translation, did_you_mean, flatten, read_config
 from common.config.sections import DataConfig
 from common.errors import UserError
 
 T = TypeVar("T")
 
 # Keys of `data` of which one excludes the others', with those that go with it.
-KINDS_OF_LISTS = (("split",), ("labeled_list", "unlabeled_list"), ("split_id", "labeled_samples", "split_seed"))
+SPLIT_SOURCES = (("split",), ("labeled_list", "unlabeled_list"), ("split_id", "labeled_samples", "split_seed"))
 # What only a slip of the hand goes beyond: crops that a network's last features do not show, and what would end in a
 # machine without memory.
 LARGEST = 2**31 - 1
@@ -77,7 +77,7 @@ def parse(config_class: type[T], script: str, argv: list[str] | None = None) -> 
         _check_keys(config_class, read.values, path)
     arguments = _with_contents(argv, {path: json.dumps(read.values) for path, read in files.items()})
     config = _parse(parser, config_class, lambda: parser.parse_args(arguments))
-    _let_the_command_line_win(config, {argument.split("=")[0] for argument in argv})
+    _apply_cli_overrides(config, {argument.split("=")[0] for argument in argv})
     if config.run.dir is None:
         config.run.dir = str(_run_folder(script, files))
     seed_split(config)
@@ -129,56 +129,56 @@ def _parse(parser: ArgumentParser, config_class: type[T], read: Callable[[], Nam
     try:
         sections = parser.instantiate(read())
     except ArgumentError as error:
-        raise UserError(_plain(str(error), parser)) from None
+        raise UserError(_readable_error(str(error), parser)) from None
     config = config_class(**{field.name: sections[field.name] for field in dataclasses.fields(config_class)})
     for field in dataclasses.fields(config):
-        _make_plain(getattr(config, field.name))
+        _numbers_to_builtin(getattr(config, field.name))
     return config
 
 
-def _let_the_command_line_win(config: Any, given: set[str]) -> None:
+def _apply_cli_overrides(config: Any, given: set[str]) -> None:
     """Of two keys that exclude each other, one on the command line replaces the other of the file."""
     length = given & {"--run.steps", "--run.epochs"}
     if length == {"--run.steps"}:
         config.run.epochs = None
     elif length == {"--run.epochs"}:
         config.run.steps = None
-    let_given_lists_win(config.data, given)
+    override_split_source(config.data, given)
 
 
-def let_given_lists_win(data: DataConfig, given: set[str]) -> None:
+def override_split_source(data: DataConfig, given: set[str]) -> None:
     """Of what says which images are labeled, that on the command line replaces that of the file."""
-    for kind in KINDS_OF_LISTS:
+    for kind in SPLIT_SOURCES:
         if f"--data.{kind[0]}" in given:
-            for other in KINDS_OF_LISTS:
+            for other in SPLIT_SOURCES:
                 if other is not kind and not given & {f"--data.{key}" for key in other}:
                     for key in other:
                         setattr(data, key, None)
 
 
-def _make_plain(section: Any) -> None:
+def _numbers_to_builtin(section: Any) -> None:
     """Turn the parser's own number types (PositiveInt, ...) into int and float, which can be stored without pickle."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            _make_plain(value)
+            _numbers_to_builtin(value)
         else:
-            setattr(section, field.name, _plain_value(value))
+            setattr(section, field.name, _to_builtin(value))
 
 
-def _plain_value(value: Any) -> Any:
+def _to_builtin(value: Any) -> Any:
     if isinstance(value, tuple | list):
-        return type(value)(_plain_value(item) for item in value)
+        return type(value)(_to_builtin(item) for item in value)
     kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
     return kind(value) if kind else value
 
 
-def _plain(message: str, parser: ArgumentParser) -> str:
-    """One line of what the parser said, with the nearest key where one was misspelt."""
+def _readable_error(message: str, parser: ArgumentParser) -> str:
+    """One line of what the parser said, with the nearest key where one was misspelled."""
     if message.startswith("unrecognized arguments:"):
         key = message.split(":", 1)[1].split()[0].split("=")[0]
         known = ["--" + action.dest for action in parser._actions]
-        return f"unknown argument {key}{nearest(key, known)}"
+        return f"unknown argument {key}{did_you_mean(key, known)}"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(("Subtypes", "Errors", "Given value type", "Does not"))]
     text = re.sub(r'^Parser key "([^"]+)":;? ?', r"\1: ", "; ".join(told))
@@ -210,11 +210,11 @@ def _run_folder(script: str, files: dict[str, Translation]) -> Path:
 
 
 def _check_keys(config_class: type, values: dict[str, Any], path: str | Path, prefix: str = "") -> None:
-    """Name a misspelt key of a config file before the parser sees it."""
+    """Name a misspelled key of a config file before the parser sees it."""
     fields = {field.name: field.type for field in dataclasses.fields(config_class)}
     for key, value in values.items():
         if key not in fields:
-            close = nearest(prefix + key, [prefix + name for name in fields])
+            close = did_you_mean(prefix + key, [prefix + name for name in fields])
             raise UserError(f"unknown key {prefix}{key} in {path}{close}")
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):

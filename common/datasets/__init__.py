@@ -1,4 +1,4 @@
-"""Datasets: `open_source` finds the tree that a config names."""
+"""Datasets: `open_reader` finds the tree that a config names."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,16 +9,16 @@ from common.config.sections import DataConfig
 from common.datasets.cityscapes import Cityscapes
 from common.datasets.folder import Folder
 from common.datasets.gta5 import GTA5
-from common.datasets.reader import Source
+from common.datasets.reader import Reader
 from common.datasets.shapes import CLASSES, is_drawn, make_shapes
 from common.datasets.voc import CLASSES as VOC_CLASSES
 from common.datasets.voc import VOC
 from common.errors import UserError
 
-__all__ = ["Source", "named_classes", "open_second", "open_source"]
+__all__ = ["Reader", "named_classes", "open_reader", "open_source_domain"]
 
 
-def open_source(data: DataConfig) -> Source:
+def open_reader(data: DataConfig) -> Reader:
     """The source that `data` names.
 
     The built-in data (`shapes`) are made on first use.
@@ -40,13 +40,13 @@ def open_source(data: DataConfig) -> Source:
 
 
 def named_classes(data: DataConfig, num_classes: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names and colours of the classes of `data`, without looking at its files; numbers where names are not known."""
+    """Names and colors of the classes of `data`, without looking at its files; numbers where names are not known."""
     known = {"cityscapes": (Cityscapes.classes, Cityscapes.palette), "gta5": (GTA5.classes, GTA5.palette)}
     names, palette = known.get(data.dataset, (VOC_CLASSES, VOC.palette))
     return (names if len(names) == num_classes else tuple(f"class {i}" for i in range(num_classes))), palette
 
 
-def open_second(data: DataConfig, dataset: str, root: str | None) -> Source:
+def open_source_domain(data: DataConfig, dataset: str, root: str | None) -> Reader:
     """The source of other data with the same classes, for domain adaptation.
 
     Args:
@@ -64,14 +64,14 @@ def open_second(data: DataConfig, dataset: str, root: str | None) -> Source:
         raise UserError(f"the source of adaptation is data.root itself, {second}: give another source_root")
     if built_in and not is_drawn(second):
         make_shapes(second, "voc", domain="b")
-    target = open_source(data)
+    target = open_reader(data)
     if not second.is_dir():
         raise UserError(f"the source of adaptation, {second}, is not a folder: set source_root to where its data lie")
     try:
-        source = open_source(replace(data, dataset=dataset, root=str(second), split=None))
+        reader = open_reader(replace(data, dataset=dataset, root=str(second), split=None))
     except UserError as error:
         raise UserError(f"{error}; set source_root to where the source of adaptation lies") from None
-    if target.classes != source.classes:
-        raise UserError(f"{second} has other classes than {first}: {len(source.classes)} and {len(target.classes)}")
-    source.skip_bad_files = data.skip_bad_files
-    return source
+    if target.classes != reader.classes:
+        raise UserError(f"{second} has other classes than {first}: {len(reader.classes)} and {len(target.classes)}")
+    reader.skip_bad_files = data.skip_bad_files
+    return reader

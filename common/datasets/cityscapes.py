@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common import IGNORE
-from common.datasets.reader import Source, Subset, existing_root, no_layout, table_of
+from common.datasets.reader import Reader, Subset, existing_root, no_layout, table_of
 from common.errors import UserError
 
 # Class id (train id) is the place in each of these. Source: the label table of the Cityscapes scripts.
@@ -20,7 +20,7 @@ COLORS = (
     (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
     (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
 )  # fmt: skip
-# Label ids that are not evaluated. The licence plate is -1 there, which a PNG holds as 255, and 34 in some tools.
+# Label ids that are not evaluated. The license plate is -1 there, which a PNG holds as 255, and 34 in some tools.
 VOID_LABEL_IDS = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30, 34, IGNORE)
 
 LABEL_ID_TABLE = table_of(LABEL_IDS, VOID_LABEL_IDS)
@@ -41,13 +41,13 @@ SUBSETS = ("train", "val", "train_extra", "test")
 
 
 def class_colors() -> np.ndarray:
-    """uint8 [256, 3], the colours of the 19 classes; black for all else."""
+    """uint8 [256, 3], the colors of the 19 classes; black for all else."""
     colors = np.zeros((256, 3), np.uint8)
     colors[: len(COLORS)] = COLORS
     return colors
 
 
-class Cityscapes(Source):
+class Cityscapes(Reader):
     """Ids such as `aachen_000013_000019_leftImg8bit`, in every tree. Known are, under `root` or `cityscapes` below it:
 
     - images in `leftImg8bit/<subset>/<city>/<id>.png`, or that below `leftImg8bit_trainvaltest`;

@@ -12,7 +12,7 @@ from common import IGNORE
 from common.datasets.label_colors import Color, ids_of_colors
 from common.datasets.reader import (
     UNKNOWN,
-    Source,
+    Reader,
     Subset,
     apply_table,
     existing_root,
@@ -36,7 +36,7 @@ class ClassList:
 
     Attributes:
         names: of the classes, in the order of their ids.
-        colors: of the classes in masks of colours; empty where masks hold ids.
+        colors: of the classes in masks of colors; empty where masks hold ids.
         ignored_ids, ignored_colors: what in the masks is no class and becomes 255, which always is.
     """
 
@@ -46,9 +46,9 @@ class ClassList:
     ignored_colors: tuple[Color, ...]
 
 
-class Folder(Source):
-    """Ids are the stems of the image files. Labels are PNGs: palette or 8-bit grey ones of 0..C-1 and 255, or pictures
-    of any kind where the class list has colours.
+class Folder(Reader):
+    """Ids are the stems of the image files. Labels are PNGs: palette or 8-bit gray ones of 0..C-1 and 255, or pictures
+    of any kind where the class list has colors.
 
     Args:
         root: folder of the dataset.
@@ -58,7 +58,7 @@ class Folder(Source):
         label_dir: folder of the labels, in the same way. Files have the stem of their image, or all of
             them have the same ending after it (`0001TP_L.png`). Images for training may lack one.
         classes: text file below `root`, a class a line, in the order of the ids: `road`, or `road 128 64 128` with its
-            colour. Lines `ignore 250` and `ignore 0 0 0` name ids and colours that are no class.
+            color. Lines `ignore 250` and `ignore 0 0 0` name ids and colors that are no class.
 
     Raises UserError when a folder or the class list is missing, a line of it is wrong, or an id occurs twice.
     """
@@ -118,7 +118,7 @@ class Folder(Source):
             return torch.from_numpy(ids)
         if picture.mode in ("RGB", "RGBA"):
             raise UserError(
-                f"label {path} is a picture of colours: write those of the classes into {self._list_path}, "
+                f"label {path} is a picture of colors: write those of the classes into {self._list_path}, "
                 "as in `road 128 64 128`"
             )
         return torch.from_numpy(apply_table(self._label_table(path), stored_ids(picture, path), path))
@@ -153,7 +153,7 @@ def read_classes(path: Path) -> ClassList:
 
 
 def _class_line(line: str) -> tuple[str, tuple[int, ...]]:
-    """The name in a line and the numbers after it: a colour, an ignored value, or none."""
+    """The name in a line and the numbers after it: a color, an ignored value, or none."""
     words = line.replace(",", " ").split()
     count = 1 if words[0] == IGNORED and len(words) == 2 else 3
     values = words[-count:]
@@ -170,7 +170,7 @@ def _wrong_classes(found: ClassList, colorless: list[str]) -> str | None:
     if IGNORED in found.names:
         return f"the line {IGNORED!r} has no value: `{IGNORED} 250` or `{IGNORED} 0 0 0`"
     if found.colors and colorless:
-        return f"{colorless[0]} has no colour, but others have"
+        return f"{colorless[0]} has no color, but others have"
     if any(max(color) > IGNORE for color in (*found.colors, *found.ignored_colors, found.ignored_ids or (0,))):
         return f"a value is above {IGNORE}"
     for values in (found.names, (*found.colors, *found.ignored_colors)):

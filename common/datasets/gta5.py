@@ -12,7 +12,7 @@ from common.datasets import cityscapes
 from common.datasets.label_colors import Color, map_colors
 from common.datasets.reader import (
     IGNORE,
-    Source,
+    Reader,
     Subset,
     apply_table,
     existing_root,
@@ -24,20 +24,20 @@ from common.datasets.reader import (
 from common.errors import UserError
 
 PLACES = (".", "GTA5", "gta5")
-# Colours of the Cityscapes label table, which GTA5 shares, that are not evaluated: unlabelled, static, dynamic, ground,
-# parking, rail track, guard rail, bridge, tunnel, caravan, trailer. The licence plate has the colour of cars.
+# Colors of the Cityscapes label table, which GTA5 shares, that are not evaluated: unlabeled, static, dynamic, ground,
+# parking, rail track, guard rail, bridge, tunnel, caravan, trailer. The license plate has the color of cars.
 VOID_COLORS = (
     (0, 0, 0), (20, 20, 20), (111, 74, 0), (81, 0, 81), (250, 170, 160), (230, 150, 140), (180, 165, 180),
     (150, 100, 100), (150, 120, 90), (0, 0, 90), (0, 0, 110),
 )  # fmt: skip
-# Grey labels come from the memory-bank release, whose preparation script writes 250 for void.
+# Gray labels come from the memory-bank release, whose preparation script writes 250 for void.
 GREY_TABLE = table_of(range(len(cityscapes.CLASSES)), (250, IGNORE))
 
 
-class GTA5(Source):
+class GTA5(Reader):
     """Ids such as `00001`, in `images/<id>.png` and `labels/<id>.png`, or in `{train,val}` below each.
 
-    Labels are told by their colour, in RGB or palette PNGs; grey PNGs hold train ids already. A label in `label_ids`
+    Labels are told by their color, in RGB or palette PNGs; gray PNGs hold train ids already. A label in `label_ids`
     comes before that in `labels`: the same, translated once. The published data have no validation part, so the flat
     tree has none. Raises UserError when no tree is found.
     """
@@ -66,7 +66,7 @@ class GTA5(Source):
         if unknown:
             color = next(iter(unknown))
             raise UserError(
-                f"label {path} holds the colour {color}, which GTA5 does not define: mend it, or paint it black"
+                f"label {path} holds the color {color}, which GTA5 does not define: mend it, or paint it black"
             )
         return torch.from_numpy(label)
 
@@ -85,9 +85,9 @@ def class_ids(picture: Image.Image, path: Path) -> tuple[np.ndarray, Counter[Col
     """Class ids of the decoded label `picture`, whatever its kind.
 
     Returns:
-        uint8 [H, W], 255 also where a colour is none of GTA5's; and how many pixels each such colour has.
+        uint8 [H, W], 255 also where a color is none of GTA5's; and how many pixels each such color has.
 
-    Raises UserError naming `path` where a grey picture holds other numbers than class ids, or another one numbers that
+    Raises UserError naming `path` where a gray picture holds other numbers than class ids, or another one numbers that
     its palette lacks.
     """
     if picture.mode in ("RGB", "RGBA", "P"):

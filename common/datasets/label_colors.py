@@ -1,4 +1,4 @@
-"""Labels that are pictures of colours: RGB files, and palette files of which the palette's colours count."""
+"""Labels that are pictures of colors: RGB files, and palette files of which the palette's colors count."""
 
 from collections import Counter
 from functools import lru_cache
@@ -17,19 +17,19 @@ Color = tuple[int, int, int]
 def ids_of_colors(
     picture: Image.Image, path: Path, colors: tuple[Color, ...], ignored: tuple[Color, ...], known: str
 ) -> np.ndarray:
-    """Class ids uint8 [H, W] of a picture of colours.
+    """Class ids uint8 [H, W] of a picture of colors.
 
     Args:
         picture, path, colors, ignored: as for `map_colors`.
-        known: who says which colours there are, for messages.
+        known: who says which colors there are, for messages.
 
-    Raises UserError naming a colour that is neither, and for other kinds of pictures.
+    Raises UserError naming a color that is neither, and for other kinds of pictures.
     """
     label, unknown = map_colors(picture, path, colors, ignored)
     if unknown:
         color = next(iter(unknown))
         raise UserError(
-            f"label {path} holds the colour {color}, which {known} does not define: mend it, or add it there"
+            f"label {path} holds the color {color}, which {known} does not define: mend it, or add it there"
         )
     return label
 
@@ -37,7 +37,7 @@ def ids_of_colors(
 def map_colors(
     picture: Image.Image, path: Path, colors: tuple[Color, ...], ignored: tuple[Color, ...]
 ) -> tuple[np.ndarray, Counter[Color]]:
-    """Class ids of a picture of colours, and what colours they do not cover.
+    """Class ids of a picture of colors, and what colors they do not cover.
 
     Args:
         picture: RGB, RGBA (of which alpha is left out) or palette.
@@ -46,7 +46,7 @@ def map_colors(
         ignored: of pixels that become 255.
 
     Returns:
-        uint8 [H, W], 255 also where a colour is neither; and how many pixels each such colour has.
+        uint8 [H, W], 255 also where a color is neither; and how many pixels each such color has.
 
     Raises UserError for other kinds of pictures, and where the palette lacks a number that the picture holds.
     """
@@ -70,14 +70,14 @@ def map_colors(
 
 
 def _packed(colors: np.ndarray) -> np.ndarray:
-    """One number for a colour [..., 3]: red, green and blue from the highest byte down."""
+    """One number for a color [..., 3]: red, green and blue from the highest byte down."""
     wide = colors.astype(np.uint32)
     return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
 
 
 @lru_cache(maxsize=4)
 def _color_table(colors: tuple[Color, ...], ignored: tuple[Color, ...]) -> np.ndarray:
-    """uint8 [2**24]: class id, 255 or `UNKNOWN` of every colour. 16 MB that make reading a label one look-up."""
+    """uint8 [2**24]: class id, 255 or `UNKNOWN` of every color. 16 MB that make reading a label one look-up."""
     table = np.full(1 << 24, UNKNOWN, np.uint8)
     table[_packed(np.array(colors))] = np.arange(len(colors))
     if ignored:

@@ -20,12 +20,12 @@ UNKNOWN = 254
 Subset = Literal["train", "val"]
 
 
-class Source(ABC):
+class Reader(ABC):
     """One dataset tree.
 
     Attributes:
         classes: names; the index is the class id inside the project.
-        palette: uint8 [256, 3], the colours of class ids in pictures.
+        palette: uint8 [256, 3], the colors of class ids in pictures.
         layout: which tree was found, in words.
         skip_bad_files: whether training goes on without files that cannot be read.
     """
@@ -132,20 +132,20 @@ def open_label(path: Path) -> Image.Image:
     """The decoded label picture in its own mode: palette pictures keep their indices. Raises UserError if broken."""
     try:
         with Image.open(path) as picture:
-            # Pillow stretches grey of 2 and 4 bits to 0..255; the ids would silently become others.
+            # Pillow stretches gray of 2 and 4 bits to 0..255; the ids would silently become others.
             stretched = picture.mode == "L" and picture.tile[0][3] in ("L;2", "L;4")
             picture.load()
     except Exception as error:  # as above
         raise UserError(f"label {path} cannot be decoded ({_reason(error)}): restore it") from None
     if stretched:
-        raise UserError(f"label {path} has fewer than 8 bits of grey: save it as an 8-bit grey or palette PNG")
+        raise UserError(f"label {path} has fewer than 8 bits of gray: save it as an 8-bit gray or palette PNG")
     return picture
 
 
 def stored_ids(picture: Image.Image, path: Path) -> np.ndarray:
-    """uint8 [H, W]: the numbers a palette or 8-bit grey picture holds. Raises UserError for any other picture."""
+    """uint8 [H, W]: the numbers a palette or 8-bit gray picture holds. Raises UserError for any other picture."""
     if picture.mode not in ("P", "L"):
-        raise UserError(f"label {path} has mode {picture.mode}: save it as an 8-bit grey or palette PNG of class ids")
+        raise UserError(f"label {path} has mode {picture.mode}: save it as an 8-bit gray or palette PNG of class ids")
     return np.array(picture)
 
 
@@ -211,7 +211,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def voc_palette() -> np.ndarray:
-    """uint8 [256, 3], VOC's colour map: bits of the id, three at a time, are the high bits of red, green and blue."""
+    """uint8 [256, 3], VOC's color map: bits of the id, three at a time, are the high bits of red, green and blue."""
     ids = np.arange(256)[:, None] >> np.arange(0, 24, 3)
     return np.stack([((ids >> channel & 1) << np.arange(7, -1, -1)).sum(1) for channel in range(3)], 1).astype(np.uint8)
 

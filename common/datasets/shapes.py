@@ -2,9 +2,9 @@
 
 Made in seconds on first use and the same for the same seed, so that every command of this project can be tried without
 a download. A scene is a background with clutter, then objects drawn from back to front, then light and camera. A class
-is told by its outline and its texture; the hues of neighbouring classes overlap, and size, turn, light, occlusion, blur
+is told by its outline and its texture; the hues of neighboring classes overlap, and size, turn, light, occlusion, blur
 and noise vary, so that a few labels do not cover what many scenes show. Two domains, "a" and "b", show the same classes
-in another light, other colours and through another camera, for domain adaptation.
+in another light, other colors and through another camera, for domain adaptation.
 
 Everything is drawn with signed distances (in pixels, negative inside an outline): soft edges and the border of the
 label follow from the same number.
@@ -36,10 +36,10 @@ STAMP = "shapes.json"
 DRAWING = 1  # raised whenever scenes come out otherwise than before, so that results are never of mixed data
 # What makes the data easy or hard: so set that a ResNet-18 from scratch, in 600 steps of 8 crops, comes to an mIoU of
 # 74 to 76 with all 512 labels and of 46 to 53 with 16 (benchmarks/results/shapes.jsonl).
-HUE_SPREAD = 0.12  # on either side of a class's hue, in turns of the colour circle; classes are 1/6 apart
+HUE_SPREAD = 0.12  # on either side of a class's hue, in turns of the color circle; classes are 1/6 apart
 MARKS, OBJECTS = (3, 10), (1, 5)  # how many a scene has, the upper bound not included
 RADIUS = (0.2, 0.4)  # of an object, in shorter sides of the scene
-CONTRAST = (0.2, 0.6)  # by which the other colour of a texture is darkened
+CONTRAST = (0.2, 0.6)  # by which the other color of a texture is darkened
 GROUND_SATURATION = (0.0, 0.3)
 
 
@@ -52,7 +52,7 @@ class Scene(NamedTuple):
 
 @dataclass(frozen=True)
 class Look:
-    """What the scenes of a domain have in common. Pairs are ranges of uniform draws; colours are in [0, 1]."""
+    """What the scenes of a domain have in common. Pairs are ranges of uniform draws; colors are in [0, 1]."""
 
     hue_shift: float
     saturation: tuple[float, float]
@@ -130,7 +130,7 @@ def _dots(u: np.ndarray, v: np.ndarray, wavelength: float) -> np.ndarray:
     return np.tanh(1.2 * (0.36 * wavelength - from_centre))
 
 
-def _plain(u: np.ndarray, v: np.ndarray, wavelength: float) -> np.ndarray:
+def _readable_error(u: np.ndarray, v: np.ndarray, wavelength: float) -> np.ndarray:
     return np.tanh(u / (4 * wavelength))
 
 
@@ -138,7 +138,7 @@ class Kind(NamedTuple):
     """How objects of one class look.
 
     `hue` is the middle of a range wider than the step between classes; `second` is how far from it, in turns, the other
-    colour of the texture lies: unlike the hue itself it outlasts the colour jitter of the papers' augmentation.
+    color of the texture lies: unlike the hue itself it outlasts the color jitter of the papers' augmentation.
     """
 
     outline: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
@@ -148,10 +148,10 @@ class Kind(NamedTuple):
 
 
 KINDS = (  # in the order of CLASSES, background left out
-    Kind(_disc, _plain, 0 / 6, 0),
+    Kind(_disc, _readable_error, 0 / 6, 0),
     Kind(_ring, _stripes, 1 / 6, 1 / 2),
     Kind(_rectangle, _checks, 2 / 6, 0),
-    Kind(_star, _plain, 3 / 6, 1 / 3),
+    Kind(_star, _readable_error, 3 / 6, 1 / 3),
     Kind(_triangle, _dots, 4 / 6, 1 / 3),
     Kind(_cross, _stripes, 5 / 6, 0),
 )
@@ -194,7 +194,7 @@ def draw_scene(rng: Generator, size: tuple[int, int], domain: Domain = "a") -> S
 
 
 def _ground(rng: Generator, size: tuple[int, int], look: Look) -> np.ndarray:
-    """The background, float [H, W, 3]: two colours that flow into each other, at a coarse and at a fine scale."""
+    """The background, float [H, W, 3]: two colors that flow into each other, at a coarse and at a fine scale."""
     first, second = (_color(rng, rng.uniform(), GROUND_SATURATION, look.ground_value) for _ in range(2))
     flow = _smooth_noise(rng, size, cells=4) + rng.uniform(0, 0.5) * _smooth_noise(rng, size, cells=24)
     share = np.clip(0.5 + 0.5 * flow, 0, 1)[..., None]
@@ -211,7 +211,7 @@ def _color(rng: Generator, hue: float, saturation: tuple[float, float], value: t
 
 
 def _draw_mark(rng: Generator, canvas: Canvas) -> None:
-    """Clutter: a bar, an arc or a speck of any colour, too thin or too small for an object. It stays background."""
+    """Clutter: a bar, an arc or a speck of any color, too thin or too small for an object. It stays background."""
     u, v = canvas.place(rng)
     length, width = rng.uniform(4, 40), rng.uniform(0.7, 2.2)
     bar = _box(u, v, length, width)
@@ -237,7 +237,7 @@ def _draw_object(rng: Generator, canvas: Canvas, radius: float, look: Look) -> N
 
 
 def _photograph(rng: Generator, canvas: Canvas, look: Look) -> np.ndarray:
-    """Light that falls from one side, a colour cast, blur and noise; uint8 [H, W, 3]."""
+    """Light that falls from one side, a color cast, blur and noise; uint8 [H, W, 3]."""
     angle = rng.uniform(0, 2 * np.pi)
     slope = np.cos(angle) * canvas.columns + np.sin(angle) * canvas.rows
     light = rng.uniform(*look.light) * (1 + rng.uniform(0, 0.5) * (slope - slope.mean()) / np.ptp(slope))
@@ -263,7 +263,7 @@ def make_shapes(
     """Make the tree at `root`, unless it is there already. It appears whole or not at all.
 
     `layout` is the dataset whose files are imitated: "voc" (class ids as in `CLASSES`, 255 = border), "cityscapes"
-    (the label ids of the first train ids, 0 = unlabelled) or "gta5" (the same ids, in the colours of Cityscapes).
+    (the label ids of the first train ids, 0 = unlabeled) or "gta5" (the same ids, in the colors of Cityscapes).
     `train` and `val` count images of `size` (height, width). GTA5 has no lists: all its images serve as one set.
 
     Raises UserError when `root` holds anything else, also a tree of other parameters: nothing is ever written over.
@@ -362,7 +362,7 @@ def _save(pixels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> 
 
 
 def _to_label_ids(label: np.ndarray) -> np.ndarray:
-    """Class ids, taken as train ids, as the label ids that Cityscapes stores; 255 becomes 0, unlabelled."""
+    """Class ids, taken as train ids, as the label ids that Cityscapes stores; 255 becomes 0, unlabeled."""
     table = np.zeros(256, np.uint8)
     table[: len(CLASSES)] = cityscapes.LABEL_IDS[: len(CLASSES)]
     return table[label]

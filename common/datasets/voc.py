@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.datasets.reader import Source, Subset, existing_root, no_layout, read_lines, table_of, voc_palette
+from common.datasets.reader import Reader, Subset, existing_root, no_layout, read_lines, table_of, voc_palette
 from common.errors import UserError
 
 CLASSES = (
@@ -18,13 +18,13 @@ CPS_PLACES = (".", "pascal_voc", "DATA/pascal_voc")
 LABEL_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 
 
-class VOC(Source):
+class VOC(Reader):
     """Ids such as `2011_000068`. Two trees are known, under `root` or in the usual folders below it:
 
     - `JPEGImages/<id>.jpg` and `SegmentationClassAug/<id>.png`, else `SegmentationClass/<id>.png`;
     - `{train_aug,val}/image/<id>.jpg` and `{train_aug,val}/label/<id>.png` (CPS, CPCL).
 
-    Labels are palette or grey PNGs of 0..20 and 255. For training are: the ids in ImageSets/Segmentation/train_aug.txt
+    Labels are palette or gray PNGs of 0..20 and 255. For training are: the ids in ImageSets/Segmentation/train_aug.txt
     where that list exists, else all ids that have a label and are not in val.txt.
 
     Raises UserError when neither tree is found.

@@ -43,7 +43,7 @@ def make_accelerator(config: Any) -> Accelerator:
         mixed_precision=asked,
         log_with=config.run.trackers or None,
         project_dir=config.run.dir,
-        # The streams never end, so the end of a loader must not force a synchronisation.
+        # The streams never end, so the end of a loader must not force a synchronization.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.optim.accumulation, sync_with_dataloader=False
         ),

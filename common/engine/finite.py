@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 
-class Buffers:
+class BufferSnapshot:
     """All buffers of some modules (batch-norm statistics, banks, counters), to undo a step that must not count.
 
     A forward changes them before its loss is known, so leaving the optimizer out does not undo it.
@@ -18,17 +18,17 @@ class Buffers:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = list(modules)
-        self._kept: dict[torch.dtype, Tensor] = {}
+        self._saved: dict[torch.dtype, Tensor] = {}
 
-    def keep(self) -> None:
+    def save(self) -> None:
         """Remember them as they are: one copy for each type of number."""
-        self._kept = {dtype: _flat(buffers) for dtype, buffers in self._by_dtype().items()}
+        self._saved = {dtype: _flat(buffers) for dtype, buffers in self._by_dtype().items()}
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Make them again what they were at the last `keep`."""
         for dtype, buffers in self._by_dtype().items():
-            parts = self._kept[dtype].split([buffer.numel() for buffer in buffers])
+            parts = self._saved[dtype].split([buffer.numel() for buffer in buffers])
             for buffer, part in zip(buffers, parts):
                 buffer.copy_(part.view(buffer.shape))
 

@@ -6,7 +6,7 @@ import torch
 from torch import distributed
 
 
-class Agreement:
+class GlooGroup:
     """A channel of small numbers and words between all processes; with one process it answers at once.
 
     Args:
@@ -20,7 +20,7 @@ class Agreement:
             distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if processes > 1 else None
         )
 
-    def gather(self, *numbers: int) -> list[list[int]]:
+    def gather_ints(self, *numbers: int) -> list[list[int]]:
         """The numbers of every process, a list a process, in the order of ranks."""
         if self._group is None:
             return [list(numbers)]
@@ -28,7 +28,7 @@ class Agreement:
         distributed.all_gather(found, torch.tensor(numbers), group=self._group)
         return [tensor.tolist() for tensor in found]
 
-    def gather_words(self, words: list[str]) -> list[str]:
+    def gather_strings(self, words: list[str]) -> list[str]:
         """The words of all processes, each once, in the order of ranks. Slow: for what seldom happens."""
         found: list[list[str]] = [[] for _ in range(self._processes)]
         if self._group is None:

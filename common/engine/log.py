@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class Logbook:
+class RunLog:
     """Writes and prints for the main process; on the others it does nothing.
 
     Args:
@@ -26,7 +26,7 @@ class Logbook:
         self._said: set[str] = set()
         self._clock = (time.perf_counter(), 0)
 
-    def cut(self, step: int, scored: bool) -> None:
+    def truncate_after(self, step: int, scored: bool) -> None:
         """Drop what a killed run wrote after its checkpoint of `step`, and a torn last line.
 
         Args:
@@ -55,7 +55,7 @@ class Logbook:
         if self._progress:
             self._progress.update(self._task, completed=step)
 
-    def losses(self, step: int, numbers: dict[str, float], images_per_step: int) -> dict[str, float]:
+    def log_step(self, step: int, numbers: dict[str, float], images_per_step: int) -> dict[str, float]:
         """Write a training line, and show it. Returns it with `images_per_second` added."""
         now = time.perf_counter()
         then, done = self._clock
@@ -70,7 +70,7 @@ class Logbook:
             # Over the whole time since the start, evaluations included: a slow moment must not shake it.
             begun, first = self._begin
             left = timedelta(seconds=round((now - begun) / max(step - first, 1) * (self._total - step)))
-            self.say(f"step {step}/{self._total}  {shown}  left {left}")
+            self.print(f"step {step}/{self._total}  {shown}  left {left}")
         return numbers
 
     def restart_clock(self, step: int) -> None:
@@ -86,23 +86,23 @@ class Logbook:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             # A full disk must not end a run of days.
-            self.say(f"warning: {self._path} could not be written ({error.strerror}); going on")
+            self.print(f"warning: {self._path} could not be written ({error.strerror}); going on")
 
     def sync(self) -> None:
         """Bring `metrics.jsonl` to the disk: it must not be older than a checkpoint."""
         if self._path.exists():
             sync_file(self._path)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line."""
         self._console.print(text, markup=False)
         sys.stdout.flush()
 
-    def say_once(self, text: str) -> None:
+    def print_once(self, text: str) -> None:
         """Print a line, but not the same one again."""
         if text not in self._said:
             self._said.add(text)
-            self.say(text)
+            self.print(text)
 
     def stop(self) -> None:
         """End the progress display; it may be called twice."""

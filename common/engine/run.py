@@ -22,9 +22,9 @@ from common.config import to_dict
 from common.config.files import flatten
 from common.engine import checkpoints
 from common.engine.devices import make_accelerator, share_batch
-from common.engine.finite import Buffers, gradients_are_finite, not_finite
-from common.engine.gloo import Agreement
-from common.engine.log import Logbook
+from common.engine.finite import BufferSnapshot, gradients_are_finite, not_finite
+from common.engine.gloo import GlooGroup
+from common.engine.log import RunLog
 from common.engine.run_folder import check_folder, open_folder
 from common.errors import UserError
 from common.metrics import Scores
@@ -40,7 +40,7 @@ class Stopped(SystemExit):
 
 
 @dataclass
-class Parts:
+class CheckpointContents:
     """What a checkpoint is made of: the evaluated network, other modules by name, and the optimizer."""
 
     model: nn.Module
@@ -53,7 +53,7 @@ class Parts:
 
 
 @dataclass
-class Skipped:
+class SkipCounts:
     """What did not count: steps and files so far, and how many bad steps came in a row."""
 
     steps: int = 0
@@ -93,17 +93,17 @@ class Run(AbstractContextManager):
         optim = config.optim
         self.batch_size = share_batch(optim.batch_size, self.processes, optim.accumulation, self._has_shared_batch_norm)
         self.step, self.total, self.steps_per_epoch = 0, 0, None
-        self.log = Logbook(self.folder / "metrics.jsonl", self.is_main)
+        self.log = RunLog(self.folder / "metrics.jsonl", self.is_main)
         self._best: dict[str, Any] | None = None
         self._scores: Scores | None = None
-        self._parts: Parts | None = None
+        self._contents: CheckpointContents | None = None
         self._signal = self._stopping = 0
-        self._unscored = False  # whether the evaluation after this step is due and has not been done
-        self._skipped, self._new_skips = Skipped(), (0, 0)
+        self._evaluation_pending = False  # whether the evaluation after this step is due and has not been done
+        self._skipped, self._new_skips = SkipCounts(), (0, 0)
         self._images: list[str] = []  # of this process in the step at hand
         self._optimizer_steps = 0  # of the step at hand
         self._saved_step = self._loaded_step = 0
-        self._agreement = Agreement(self.processes, config.run.timeout)
+        self._gloo = GlooGroup(self.processes, config.run.timeout)
         set_seed(config.run.seed)
 
     @property
@@ -135,16 +135,16 @@ class Run(AbstractContextManager):
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move the trained network to the device and wrap it for processes and precision."""
-        wrapped, optimizer = self.accelerator.prepare(self._laid_out(network), optimizer)
+        wrapped, optimizer = self.accelerator.prepare(self._prepare_layout(network), optimizer)
         if self.processes > 1:
             # SyncBatchNorm or `share_statistics` keep buffers equal; broadcasting them would undo a step's update.
             wrapped.broadcast_buffers = False
         # The network itself is not compiled: evaluation has another size for every image.
         return (torch.compile(wrapped) if self.config.run.compile else wrapped), optimizer
 
-    def place(self, network: nn.Module) -> nn.Module:
+    def to_device(self, network: nn.Module) -> nn.Module:
         """Move a network that takes no gradients to the device. Call it under `autocast`."""
-        return self._laid_out(network).to(self.device)
+        return self._prepare_layout(network).to(self.device)
 
     def autocast(self) -> AbstractContextManager:
         """Mixed precision for forwards of networks that are not wrapped."""
@@ -162,8 +162,8 @@ class Run(AbstractContextManager):
             UserError: every checkpoint of the folder is damaged, one is of another network, or the folder cannot be
                 written.
         """
-        self._parts = Parts(model, extra, optimizer)
-        self._buffers = Buffers(self._parts.modules())
+        self._contents = CheckpointContents(model, extra, optimizer)
+        self._buffers = BufferSnapshot(self._contents.modules())
         if self.is_main:
             checkpoints.restore(self.folder / "checkpoints")
         self.accelerator.wait_for_everyone()
@@ -171,18 +171,18 @@ class Run(AbstractContextManager):
         for checkpoint in checkpoints.newest(self.folder / "checkpoints"):
             if isinstance(checkpoint, str):
                 damaged = True
-                self.log.say(f"warning: {checkpoint}; trying the one before")
+                self.log.print(f"warning: {checkpoint}; trying the one before")
                 continue
             self._load(checkpoint)
-            self.log.say(f"continuing {self.folder} after step {self.step} of {self.total}")
+            self.log.print(f"continuing {self.folder} after step {self.step} of {self.total}")
             break
         if damaged and not self.step:
             raise UserError(f"{self.folder} holds no checkpoint that is whole; move it away to start anew")
-        if len({step for (step,) in self._agreement.gather(self.step)}) > 1:
+        if len({step for (step,) in self._gloo.gather(self.step)}) > 1:
             raise UserError(f"the processes found different checkpoints: {self.folder} must lie on a disk they share")
         if self.is_main:
             open_folder(self.folder, self.script, self.config)
-            self.log.cut(self.step, scored=not self._unscored)
+            self.log.truncate_after(self.step, scored=not self._evaluation_pending)
             self._tidy()
         self.accelerator.wait_for_everyone()
         if self.config.run.trackers:
@@ -203,16 +203,16 @@ class Run(AbstractContextManager):
         self.log.start(self.step, self.total)
         while self.step < self.total:
             self._images, self._new_skips, self._optimizer_steps = [], (0, 0), 0
-            self._buffers.keep()
+            self._buffers.save()
             set_seed(derive_seed(self.config.run.seed, "step", self.step, self.rank))
             yield self.step
             self._end_if_stopping()
         self.log.stop()
 
-    def passes(self, wrapped: nn.Module) -> Iterator[int]:
+    def accumulate(self, wrapped: nn.Module) -> Iterator[int]:
         """The backward passes of one optimizer step: more than one only under `optim.accumulation`."""
         if self._optimizer_steps:  # a second one in this step: what the first has done stands
-            self._buffers.keep()
+            self._buffers.save()
         for index in range(self.config.optim.accumulation):
             with self.accelerator.accumulate(wrapped):
                 yield index
@@ -221,7 +221,7 @@ class Run(AbstractContextManager):
         """Gradients of `loss`, scaled for precision and accumulation."""
         self.accelerator.backward(loss)
 
-    def check_batch(self, batch: Any) -> None:
+    def register_batch(self, batch: Any) -> None:
         """Note the images of a step. A batch that could not be read on any process ends the run on all of them.
 
         Args:
@@ -231,9 +231,9 @@ class Run(AbstractContextManager):
             UserError: naming the file; what the steps before have done is saved.
         """
         error = batch if isinstance(batch, UserError) else None
-        if any(bad for (bad,) in self._agreement.gather(int(error is not None))):
-            told = self._agreement.gather_words([str(error)] if error else [])
-            self._buffers.put_back()
+        if any(bad for (bad,) in self._gloo.gather(int(error is not None))):
+            told = self._gloo.gather_strings([str(error)] if error else [])
+            self._buffers.restore()
             if self._saved_step != self.step:
                 self._write()
             self.accelerator.wait_for_everyone()  # the first process to end takes the others down, also one that writes
@@ -250,7 +250,7 @@ class Run(AbstractContextManager):
         """One optimizer step and no gradients left, or, if a loss or gradient is not finite, none: as if never begun.
 
         A skipped step leaves weights, buffers (batch norm, banks) and optimizer as they were before it, on all
-        processes. To know costs the one synchronisation a step: what follows is already bound to wait for the gradient.
+        processes. To know costs the one synchronization a step: what follows is already bound to wait for the gradient.
 
         Args:
             optimizer: What `prepare` returned.
@@ -266,7 +266,7 @@ class Run(AbstractContextManager):
         if scaler is not None:
             scaler.unscale_(optimizer.optimizer)
         self._optimizer_steps += 1
-        wrong = self._wrong(optimizer, losses)
+        wrong = self._non_finite(optimizer, losses)
         if not wrong:
             optimizer.step()
         elif scaler is not None:
@@ -276,7 +276,7 @@ class Run(AbstractContextManager):
         if not wrong:
             self._skipped.steps_in_a_row = 0
             return True
-        self._buffers.put_back()
+        self._buffers.restore()
         # fp16 leaves steps out to find its scale; below 1 there is none to be found.
         if scaler is None or wrong != ["gradient"] or scaler.get_scale() < 1:
             self._count_bad_step(wrong, lr)
@@ -309,8 +309,8 @@ class Run(AbstractContextManager):
             What was logged; nothing after most steps.
         """
         self.step += 1
-        self._scores, self._unscored = None, self.step % self._eval_every == 0 or self.step == self.total
-        signals, steps, files = zip(*self._agreement.gather(self._signal, *self._new_skips))
+        self._scores, self._evaluation_pending = None, self.step % self._eval_every == 0 or self.step == self.total
+        signals, steps, files = zip(*self._gloo.gather(self._signal, *self._new_skips))
         self._stopping = max(signals)  # of any process: all must stop after the same step
         self.log.advance(self.step)
         if steps[0] or any(files):
@@ -326,30 +326,30 @@ class Run(AbstractContextManager):
         means = self.accelerator.reduce(torch.stack(scalars).detach(), "mean").tolist()
         # The losses are finite; of what is only watched, a number that is none has no place in JSON.
         shown = {name: mean for name, mean in zip(values, means) if math.isfinite(mean)}
-        numbers = self.log.losses(self.step, shown, images)
+        numbers = self.log.log_step(self.step, shown, images)
         if self.config.run.trackers:
             self.accelerator.log(numbers, step=self.step)
         return numbers
 
     @property
-    def evaluates(self) -> bool:
+    def evaluation_due(self) -> bool:
         """Whether the network is to be evaluated now; before the first step: because a stop came in between."""
-        return self._unscored
+        return self._evaluation_pending
 
-    def is_asked_to_stop(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether this process has got a signal: work between steps gives up, and the run ends at its next save."""
         return bool(self._signal or self._stopping)
 
-    def report(self, scores: Scores | None) -> None:
+    def log_scores(self, scores: Scores | None) -> None:
         """Write and print the scores of the evaluated network after this step, and remember the best.
 
         Args:
             scores: None where the evaluation was cut short by a signal: a continued run makes up for it.
         """
-        self._stopping = max(signal for (signal,) in self._agreement.gather(self._signal))
+        self._stopping = max(signal for (signal,) in self._gloo.gather(self._signal))
         if scores is None:
             return
-        self._scores, self._unscored = scores, False
+        self._scores, self._evaluation_pending = scores, False
         best = self._best is None or math.isnan(self._best["miou"]) or scores.miou >= self._best["miou"]
         if best:
             self._best = {"step": self.step, "miou": scores.miou}
@@ -359,7 +359,7 @@ class Run(AbstractContextManager):
         if self.config.run.trackers:
             self.accelerator.log(numbers, step=self.step)
         mark = ", the best so far" if best else ""
-        self.log.say(f"step {self.step}: mIoU {100 * scores.miou:.2f} over {scores.classes_counted} classes{mark}")
+        self.log.print(f"step {self.step}: mIoU {100 * scores.miou:.2f} over {scores.classes_counted} classes{mark}")
 
     def picture_path(self) -> Path:
         """Where the panel of an evaluation after this step goes."""
@@ -386,21 +386,21 @@ class Run(AbstractContextManager):
         if self._best:
             with suppress(UserError):
                 found = checkpoints.read(checkpoints.step_folder(self.folder / "checkpoints", self.best_step))
-        return found if all(there for (there,) in self._agreement.gather(int(found is not None))) else None
+        return found if all(there for (there,) in self._gloo.gather(int(found is not None))) else None
 
-    def end_if_asked(self) -> None:
+    def stop_if_signalled(self) -> None:
         """Between pieces of work after the last step.
 
         Raises:
             Stopped: any process got a signal.
         """
-        self._stopping = max(signal for (signal,) in self._agreement.gather(self._signal))
+        self._stopping = max(signal for (signal,) in self._gloo.gather(self._signal))
         self._end_if_stopping()
 
     def has_variant(self, kind: str) -> bool:
         """Whether `save_variant` has written this kind; the same answer on all processes."""
         there = checkpoints.step_folder(self.folder / "checkpoints", self.best_step, kind).is_dir()
-        return all(found for (found,) in self._agreement.gather(int(there)))
+        return all(found for (found,) in self._gloo.gather(int(there)))
 
     def save_variant(self, kind: str, network: nn.Module, scores: Scores) -> None:
         """Write weights that were made of the best ones after the last step to `checkpoints/<kind>_<step>`."""
@@ -409,7 +409,7 @@ class Run(AbstractContextManager):
             try:
                 checkpoints.write(self.folder / "checkpoints", meta, network.state_dict(), kind=kind)
             except OSError as error:
-                self.log.say(f"warning: {kind} weights could not be written ({error.strerror or error}); going on")
+                self.log.print(f"warning: {kind} weights could not be written ({error.strerror or error}); going on")
         self.accelerator.wait_for_everyone()
 
     def finish(self, kind: str | None = None) -> None:
@@ -432,8 +432,8 @@ class Run(AbstractContextManager):
                     checkpoints.point(self.folder / "checkpoints", "best", step, kind)
             weights = f", {kind}" if better is not None else ""
             shown = miou if better is None else better
-            self.log.say(f"best mIoU {100 * shown:.2f} after step {step}{weights} (chosen on the valid list)")
-        self.log.say(f"pictures in {self.folder / 'pictures'}")
+            self.log.print(f"best mIoU {100 * shown:.2f} after step {step}{weights} (chosen on the valid list)")
+        self.log.print(f"pictures in {self.folder / 'pictures'}")
         if self._saved_step < self.step:
             raise UserError(
                 f"no checkpoint of the last step, {self.step}, could be written to {self.folder / 'checkpoints'}: "
@@ -448,26 +448,26 @@ class Run(AbstractContextManager):
         if not folder.is_dir():
             return None
         miou = checkpoints.read_meta(folder)["scores"]["miou"]
-        self.log.say(f"{kind}: mIoU {100 * miou:.2f}, before {100 * self._best['miou']:.2f}")
+        self.log.print(f"{kind}: mIoU {100 * miou:.2f}, before {100 * self._best['miou']:.2f}")
         return miou if miou > self._best["miou"] else None
 
     def _end_if_stopping(self) -> None:
         if self._stopping:
-            self.log.say(f"stopped after step {self.step} of {self.total}; the same command continues the run")
+            self.log.print(f"stopped after step {self.step} of {self.total}; the same command continues the run")
             raise Stopped(128 + self._stopping)
 
     @property
     def _has_shared_batch_norm(self) -> bool:
         return self.processes > 1 and self.device.type == "cuda"
 
-    def _laid_out(self, network: nn.Module) -> nn.Module:
+    def _prepare_layout(self, network: nn.Module) -> nn.Module:
         if self._has_shared_batch_norm:
             network = timm.layers.convert_sync_batchnorm(network)
         # The layout convolutions are fastest in, most of all in half precision.
         return network.to(memory_format=torch.channels_last)
 
     def _load(self, checkpoint: checkpoints.Checkpoint) -> None:
-        parts = self._parts
+        parts = self._contents
         try:
             parts.model.load_state_dict(checkpoint.model)
             for name, module in parts.extra.items():
@@ -479,23 +479,23 @@ class Run(AbstractContextManager):
         if self.accelerator.scaler is not None and checkpoint.state["scaler"]:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self._best = checkpoint.meta["step"], checkpoint.state["best"]
-        self._unscored = checkpoint.state.get("unscored", False)
+        self._evaluation_pending = checkpoint.state.get("unscored", False)
         self._saved_step = self._loaded_step = self.step
-        self._skipped = Skipped(**checkpoint.state.get("skipped", {}))
+        self._skipped = SkipCounts(**checkpoint.state.get("skipped", {}))
 
-    def _wrong(self, optimizer: Any, losses: dict[str, torch.Tensor]) -> list[str]:
+    def _non_finite(self, optimizer: Any, losses: dict[str, torch.Tensor]) -> list[str]:
         """Names of what is not finite on any process; the same answer on all of them."""
         finite = {name: loss.detach().isfinite().all() for name, loss in losses.items()}
         finite["gradient"] = gradients_are_finite(optimizer)
         finite["running statistics"] = self._buffers.are_finite().to(self.device)
-        found = self._agreement.gather(*torch.stack(list(finite.values())).int().tolist())
+        found = self._gloo.gather(*torch.stack(list(finite.values())).int().tolist())
         return [name for name, fine in zip(finite, zip(*found)) if not all(fine)]
 
     def _count_bad_step(self, wrong: list[str], lr: float) -> None:
         self._skipped.steps_in_a_row += 1
         self._new_skips = (1, self._new_skips[1])
         row, most = self._skipped.steps_in_a_row, self.config.run.max_bad_steps
-        images = self._agreement.gather_words(self._images)
+        images = self._gloo.gather_strings(self._images)
         told = (
             f"step {self.step + 1}: {', '.join(wrong)} not finite, learning rate {lr:.3g}, images {', '.join(images)}"
         )
@@ -503,10 +503,10 @@ class Run(AbstractContextManager):
             raise UserError(
                 f"{told};\n{row} bad steps in a row (run.max_bad_steps): lower optim.lr or give another run.precision"
             )
-        self.log.say(f"warning: {told}; skipped ({row} in a row, {most} end the run)")
+        self.log.print(f"warning: {told}; skipped ({row} in a row, {most} end the run)")
 
     def _save(self, resumable: bool) -> None:
-        broken = not_finite(self._parts.model.state_dict())
+        broken = not_finite(self._contents.model.state_dict())
         if broken:
             raise UserError(
                 f"step {self.step}: {broken[0]} of the network is not finite, so nothing is saved over what was;\n"
@@ -527,7 +527,7 @@ class Run(AbstractContextManager):
                 self._point_and_prune(root)
         except OSError as error:
             # A full disk must not end a run of days: it goes on, and the older checkpoint stands.
-            self.log.say(f"warning: no checkpoint of step {self.step} ({error.strerror or error}); going on")
+            self.log.print(f"warning: no checkpoint of step {self.step} ({error.strerror or error}); going on")
 
     def _tidy(self) -> None:
         """Finish what a kill in the middle of saving left: temporary folders, links of the checkpoint before."""
@@ -537,10 +537,10 @@ class Run(AbstractContextManager):
             if self.step:
                 self._point_and_prune(root)
         except OSError as error:
-            self.log.say(f"warning: {root} could not be tidied ({error.strerror or error}); going on")
+            self.log.print(f"warning: {root} could not be tidied ({error.strerror or error}); going on")
 
     def _write_checkpoint(self, root: Path, resumable: bool) -> None:
-        parts, scaler = self._parts, self.accelerator.scaler
+        parts, scaler = self._contents, self.accelerator.scaler
         if not resumable:
             checkpoints.write(root, self._meta(), parts.model.state_dict())
             return
@@ -549,7 +549,7 @@ class Run(AbstractContextManager):
             "optimizer": parts.optimizer.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "best": self._best,
-            "unscored": self._unscored,
+            "unscored": self._evaluation_pending,
             "skipped": asdict(self._skipped),
         }
         checkpoints.write(root, self._meta(), parts.model.state_dict(), extra, state)

@@ -18,15 +18,15 @@ from torch import Tensor
 from common.config import config_of, load_config
 from common.config.files import show_translation
 from common.config.sections import DataConfig, ModelConfig
-from common.datasets import open_source
-from common.datasets.reader import Source
+from common.datasets import open_reader
+from common.datasets.reader import Reader
 from common.engine.devices import accelerator_on
-from common.errors import UserError, told
+from common.errors import UserError, report_errors
 from common.evaluation.evaluate import evaluate, sample_predictions
 from common.evaluation.inference import MeanOfNetworks, Protocol
 from common.evaluation.released_checkpoints import Release, convert, is_ours
 from common.evaluation.report import Report
-from common.evaluation.selection import Target, find_run, find_targets, run_around
+from common.evaluation.selection import CheckpointRef, find_run, find_targets, run_around
 from common.metrics import Scores
 from common.models import build_network
 from common.models.weights import STATE_ENTRIES, load_state, read_state
@@ -35,7 +35,7 @@ from common.splits.split import valid_of
 State = dict[str, Tensor]
 
 
-@told
+@report_errors
 def main_eval(
     paper: str,
     config_class: type,
@@ -73,8 +73,8 @@ def main_eval(
     found = [find_targets(run, args.which, by_epoch=config.run.epochs is not None)]
     ((targets, notes),) = broadcast_object_list(found)
     data = load_config(config_class, args.config).data if args.config else config.data
-    source = _open_source(data, config.model, run, accelerator)
-    names = valid_of(data, source)
+    reader = _open_reader(data, config.model, run, accelerator)
+    names = valid_of(data, reader)
     is_newest = args.run is None and run_around(args.which) is None and config_file == run / "config.json"
     console.print(f"run {run}" + (f" (the newest of {paper})" if is_newest else ""))
     console.print(f"{len(names)} images of {data.lists}, {accelerator.num_processes} process(es), {accelerator.device}")
@@ -84,13 +84,13 @@ def main_eval(
         console.print(f"note: {note}")
 
     data_config = args.config or str(config_file)
-    report = Report(source.classes, protocol, usual, args.network, data_config, run / "eval")
+    report = Report(reader.classes, protocol, usual, args.network, data_config, run / "eval")
     # The weights come from the checkpoint: ImageNet's are neither needed nor downloaded.
     chosen = ("1", "2") if args.network == "both" else (args.network,)
     networks = {name: build_network(replace(config.model, pretrained=False)) for name in chosen}
     network = networks[chosen[0]] if len(chosen) == 1 else MeanOfNetworks(list(networks.values()))
     network.to(accelerator.device)
-    results: list[tuple[Target, Scores]] = []
+    results: list[tuple[CheckpointRef, Scores]] = []
     for target in targets:
         try:
             with _on_all_processes(accelerator):
@@ -103,17 +103,17 @@ def main_eval(
                 raise
             console.print(f"note: left out: {error}")
             continue
-        classes = len(source.classes)
-        scores = evaluate(network, source, names, classes, accelerator, protocol, workers=data.workers, bar=True)
+        classes = len(reader.classes)
+        scores = evaluate(network, reader, names, classes, accelerator, protocol, workers=data.workers, bar=True)
         results.append((target, scores))
         console.print(report.table(target, scores))
         if accelerator.is_main_process:
             report.write(target, scores)
         if args.save_pictures:
             mine = names[accelerator.process_index :: accelerator.num_processes]
-            samples = sample_predictions(network, source, mine, protocol, accelerator.device)
+            samples = sample_predictions(network, reader, mine, protocol, accelerator.device)
             with accelerator.autocast():  # in the precision that was scored
-                report.write_pictures(target, samples, source.palette)
+                report.write_pictures(target, samples, reader.palette)
     if len(targets) > 1:
         console.print(report.summary(results))
         if accelerator.is_main_process:
@@ -146,16 +146,16 @@ def _find_config(
     return run, load_config(config_class, run / "config.json"), run / "config.json"
 
 
-def _open_source(data: DataConfig, model: ModelConfig, run: Path, accelerator: Accelerator) -> Source:
+def _open_reader(data: DataConfig, model: ModelConfig, run: Path, accelerator: Accelerator) -> Reader:
     """The reader of the data, whose classes must be those of the network."""
     with accelerator.main_process_first():  # the built-in data are made on first use: by one process
-        source = open_source(data)
-    if len(source.classes) != model.num_classes:
+        reader = open_reader(data)
+    if len(reader.classes) != model.num_classes:
         raise UserError(
             f"the network of {run} has {model.num_classes} classes, "
-            f"but {data.dataset} in {data.root} has {len(source.classes)}; give a --config with the same classes"
+            f"but {data.dataset} in {data.root} has {len(reader.classes)}; give a --config with the same classes"
         )
-    return source
+    return reader
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from common import IGNORE
-from common.datasets.reader import Source, picture_size
+from common.datasets.reader import Reader, picture_size
 from common.errors import UserError
 from common.evaluation.inference import Protocol, predict, sum_logits
 from common.evaluation.metainfo import FILE as USAGE_FILE
-from common.evaluation.metainfo import Usage, write_usage
+from common.evaluation.metainfo import MetaInfo, write_metainfo
 from common.loaders import ignore_signals
 from common.metrics import ConfusionMatrix, Scores
 from common.splits.split import Split
@@ -30,14 +30,14 @@ from common.visual import Sample, panel
 if TYPE_CHECKING:
     from common.engine.run import Run
 
-PATIENCE = 5.0  # seconds without a word
-PIXELS_AT_ONCE = 2**20
-PICTURED = 3  # images of each kind in a panel
+PROGRESS_SECONDS = 5.0  # seconds without a word
+MAX_BATCH_PIXELS = 2**20
+PANEL_IMAGES = 3  # images of each kind in a panel
 
 
 def evaluate(
     network: nn.Module,
-    source: Source,
+    reader: Reader,
     names: Sequence[str],
     num_classes: int,
     accelerator: Accelerator,
@@ -51,7 +51,7 @@ def evaluate(
 
     Args:
         network: On `accelerator.device`, wrapped or not. It runs in evaluation mode and is left as it was.
-        source: Reads images and labels.
+        reader: Reads images and labels.
         names: Ids of the images, each counted once.
         num_classes: C of the network.
         accelerator: Gives device and processes.
@@ -70,12 +70,12 @@ def evaluate(
     """
     if not names:
         raise UserError("nothing to evaluate: the list of validation images is empty")
-    # The wrapper of several processes would synchronise at every forward and hang where one has fewer batches.
+    # The wrapper of several processes would synchronize at every forward and hang where one has fewer batches.
     network = accelerator.unwrap_model(network, keep_torch_compile=False)
-    batches = _same_size_batches(source, names, batch_size)
+    batches = _same_size_batches(reader, names, batch_size)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
     confusion = ConfusionMatrix(num_classes, accelerator.device)
-    told = _progress(_loader(source, mine, workers, accelerator.device), mine, bar, accelerator.is_main_process)
+    told = _progress(_loader(reader, mine, workers, accelerator.device), mine, bar, accelerator.is_main_process)
     bad: UserError | None = None
     stopped = False
     try:
@@ -100,7 +100,7 @@ def evaluate(
 
 
 def evaluate_run(
-    network: nn.Module, source: Source, split: Split, run: "Run", protocol: Protocol = Protocol()
+    network: nn.Module, reader: Reader, split: Split, run: "Run", protocol: Protocol = Protocol()
 ) -> Scores | None:
     """`evaluate` on the validation list, during training; None where a signal asked the run to stop meanwhile.
 
@@ -108,18 +108,18 @@ def evaluate_run(
     """
     if run.is_main:
         try:
-            write_usage(run.folder, Usage(source.classes, source.palette, protocol))
+            write_metainfo(run.folder, MetaInfo(reader.classes, reader.palette, protocol))
         except OSError as error:
-            run.log.say(f"warning: {run.folder / USAGE_FILE} could not be written ({error.strerror}); going on")
+            run.log.print(f"warning: {run.folder / USAGE_FILE} could not be written ({error.strerror}); going on")
     classes, workers = run.config.model.num_classes, run.config.data.workers
     return evaluate(
-        network, source, split.valid, classes, run.accelerator, protocol, workers=workers, stop=run.is_asked_to_stop
+        network, reader, split.valid, classes, run.accelerator, protocol, workers=workers, stop=run.stop_requested
     )
 
 
 def sample_predictions(
     network: nn.Module,
-    source: Source,
+    reader: Reader,
     names: Sequence[str],
     protocol: Protocol,
     device: torch.device,
@@ -131,7 +131,7 @@ def sample_predictions(
 
     Args:
         network: The unwrapped network, on `device`.
-        source: Reads images and labels.
+        reader: Reads images and labels.
         names: Ids of the images.
         protocol: Window, scales and flip.
         device: Where to predict; the samples are on the CPU.
@@ -144,9 +144,9 @@ def sample_predictions(
     """
     for name in names:
         try:
-            image, label = source.read_pair(name) if with_label else (source.read_image(name), None)
+            image, label = reader.read_pair(name) if with_label else (reader.read_image(name), None)
         except UserError:
-            if source.skip_bad_files:  # training tells them
+            if reader.skip_bad_files:  # training tells them
                 continue
             raise
         probability = predict(network, image[None].to(device), tuple(image.shape[-2:]), protocol)[0]
@@ -159,7 +159,7 @@ def sample_predictions(
 
 def save_panel(
     network: nn.Module,
-    source: Source,
+    reader: Reader,
     split: Split,
     run: "Run",
     threshold: float | None = None,
@@ -175,43 +175,45 @@ def save_panel(
         maps: What else to show of an image; see `sample_predictions`.
         protocol: Window, scales and flip.
     """
-    if not run.is_main or run.is_asked_to_stop():
+    if not run.is_main or run.stop_requested():
         return
     network = run.accelerator.unwrap_model(network, keep_torch_compile=False)
     samples = [
-        *sample_predictions(network, source, spread(split.valid), protocol, run.device, maps=maps),
-        *sample_predictions(network, source, spread(split.unlabeled), protocol, run.device, False, threshold, maps),
+        *sample_predictions(network, reader, evenly_spaced(split.valid), protocol, run.device, maps=maps),
+        *sample_predictions(
+            network, reader, evenly_spaced(split.unlabeled), protocol, run.device, False, threshold, maps
+        ),
     ]
     title = f"{run.folder.name}, step {run.step}: valid, then unlabeled images ({protocol.describe()})"
     path = run.picture_path()
     try:
-        panel(samples, source.palette, source.classes, title).save(path)
+        panel(samples, reader.palette, reader.classes, title).save(path)
     except OSError as error:
-        run.log.say(f"warning: picture {path} could not be written ({error.strerror}); going on")
+        run.log.print(f"warning: picture {path} could not be written ({error.strerror}); going on")
 
 
-def spread(names: Sequence[str]) -> list[str]:
-    """Up to `PICTURED` names, evenly over the list: neighbours are often frames of one scene."""
-    count = min(PICTURED, len(names))
+def evenly_spaced(names: Sequence[str]) -> list[str]:
+    """Up to `PICTURED` names, evenly over the list: neighbors are often frames of one scene."""
+    count = min(PANEL_IMAGES, len(names))
     return [names[index * len(names) // count] for index in range(count)]
 
 
 class _LabeledImages(Dataset):
     """(image, label) of a name; a `UserError` is returned, since raised it would show as a worker's traceback."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor] | UserError:
         try:
-            return self.source.read_pair(name)
+            return self.reader.read_pair(name)
         except UserError as error:
             return error
 
 
-def _loader(source: Source, batches: list[list[str]], workers: int, device: torch.device) -> DataLoader:
+def _loader(reader: Reader, batches: list[list[str]], workers: int, device: torch.device) -> DataLoader:
     return DataLoader(
-        _LabeledImages(source),
+        _LabeledImages(reader),
         batch_sampler=batches,
         num_workers=min(workers, len(batches), os.cpu_count() or 1),
         collate_fn=_collate,
@@ -230,14 +232,14 @@ def _collate(items: list[tuple[Tensor, Tensor] | UserError]) -> tuple[Tensor, Te
     return torch.stack(images), torch.stack(labels)
 
 
-def _same_size_batches(source: Source, names: Sequence[str], batch_size: int | None) -> list[list[str]]:
+def _same_size_batches(reader: Reader, names: Sequence[str], batch_size: int | None) -> list[list[str]]:
     """Names grouped by the size in the image's header, in batches."""
     sizes: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        sizes.setdefault(picture_size(source.image_path(name), "image"), []).append(name)
+        sizes.setdefault(picture_size(reader.image_path(name), "image"), []).append(name)
     batches = []
     for (width, height), group in sizes.items():
-        count = batch_size or max(1, PIXELS_AT_ONCE // (width * height))
+        count = batch_size or max(1, MAX_BATCH_PIXELS // (width * height))
         batches += [group[start : start + count] for start in range(0, len(group), count)]
     return batches
 
@@ -253,6 +255,6 @@ def _progress(loader: DataLoader, batches: list[list[str]], bar: bool, tells: bo
             yield loaded
             done += len(names)
             progress.update(task, completed=done)
-            if tells and progress.disable and time.monotonic() - last > PATIENCE and done < total:
+            if tells and progress.disable and time.monotonic() - last > PROGRESS_SECONDS and done < total:
                 last = time.monotonic()
                 print(f"evaluating: {100 * done // total} % done", flush=True)

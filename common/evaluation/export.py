@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.evaluation.inference import Protocol, predict
-from common.evaluation.metainfo import Usage
+from common.evaluation.metainfo import MetaInfo
 
 SMALLEST = 80  # side of an image that the exported network takes
 EXAMPLE, OTHER = (2, 3, 99, 125), (1, 3, 120, 80)
 
 
 class Deployed(nn.Module):
-    """From an image as it was decoded to probabilities: normalised, put through the network, enlarged, softmax.
+    """From an image as it was decoded to probabilities: normalized, put through the network, enlarged, softmax.
 
     Args:
         network: One that `build_network` made.
@@ -31,14 +31,14 @@ class Deployed(nn.Module):
         return predict(self.network, image, image.shape[-2:], self.protocol)
 
 
-def export_network(network: nn.Module, usage: Usage, path: Path) -> None:
+def export_network(network: nn.Module, metainfo: MetaInfo, path: Path) -> None:
     """Write `network` as a `torch.export` program for batches and images of any size, with its classes and protocol.
 
     Before it is written it is compared with the network on a random batch of another size than it was traced with.
 
     Args:
         network: On the CPU, in evaluation mode.
-        usage: Protocol, classes and colours; the last two go into the file's `usage.json`.
+        metainfo: Protocol, classes and colors; the last two go into the file's `usage.json`.
         path: `*.pt2`.
 
     Raises:
@@ -47,11 +47,11 @@ def export_network(network: nn.Module, usage: Usage, path: Path) -> None:
     """
     if path.suffix != ".pt2":
         raise UserError(f"--export {path}: the file must end in .pt2")
-    if usage.protocol.crop is not None:
+    if metainfo.protocol.crop is not None:
         raise UserError("a sliding window is a loop around the network and cannot be exported: add --whole")
-    if usage.protocol.scales != (1.0,):
+    if metainfo.protocol.scales != (1.0,):
         raise UserError("the exported network works at one scale: leave --scales away")
-    deployed = Deployed(network, usage.protocol)
+    deployed = Deployed(network, metainfo.protocol)
     sizes = {0: torch.export.Dim("batch"), **{2 + i: torch.export.Dim(n, min=SMALLEST) for i, n in enumerate("hw")}}
     image = _random(OTHER)
     with torch.no_grad():
@@ -63,8 +63,8 @@ def export_network(network: nn.Module, usage: Usage, path: Path) -> None:
         error = (program.module()(image) - want).abs().max().item()
     if not error < 1e-4:
         raise UserError(f"the exported network is not the trained one: probabilities differ by up to {error:.2g}")
-    colours = usage.palette[: len(usage.classes)].tolist()
-    told = {"classes": usage.classes, "colours": colours, "protocol": usage.protocol.describe()}
+    colors = metainfo.palette[: len(metainfo.classes)].tolist()
+    told = {"classes": metainfo.classes, "colors": colors, "protocol": metainfo.protocol.describe()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.export.save(program, path, extra_files={"usage.json": json.dumps(told)})

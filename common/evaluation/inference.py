@@ -69,7 +69,7 @@ class MeanOfNetworks(nn.Module):
         self.align_corners = networks[0].align_corners
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B,3,H,W], normalised -> logits [B,C,h,w]."""
+        """[B,3,H,W], normalized -> logits [B,C,h,w]."""
         return torch.stack([network(image) for network in self.networks]).mean(0)
 
 
@@ -77,7 +77,7 @@ def predict(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: 
     """Class probabilities of a batch of images.
 
     Args:
-        network: Maps a normalised image [B,3,H,W] to logits [B,C,h,w]; `network.align_corners` says how those are
+        network: Maps a normalized image [B,3,H,W] to logits [B,C,h,w]; `network.align_corners` says how those are
             up-sampled. It runs in evaluation mode and is left as it was.
         image: [B,3,H,W] uint8, or float in [0,1].
         size: Height and width of the result, that of the label.
@@ -147,7 +147,7 @@ def _slide(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: P
     left, right = _margins(width, crop[1])
     top, bottom = _margins(height, crop[0])
     margins = (left, right, top, bottom)
-    # As released: an image that fits is padded with the mean colour (0 once normalised), one that slides with black.
+    # As released: an image that fits is padded with the mean color (0 once normalized), one that slides with black.
     fits = max(height, width) <= min(crop)
     padded = F.pad(normalize(image), margins) if fits else normalize(F.pad(image, margins))
 
@@ -170,7 +170,7 @@ def _slide(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: P
 
 
 def _forward(network: nn.Module, image: Tensor, size: tuple[int, int], flip: bool) -> Tensor:
-    """Logits of normalised images at `size`; with `flip` the sum with those of the mirrored images."""
+    """Logits of normalized images at `size`; with `flip` the sum with those of the mirrored images."""
     logits = _resized(network(image), size, network.align_corners)
     if flip:
         logits = logits + _resized(network(image.flip(-1)), size, network.align_corners).flip(-1)

@@ -1,4 +1,4 @@
-"""What someone who applies a run's network needs besides its config: names and colours of the classes, the protocol.
+"""What someone who applies a run's network needs besides its config: names and colors of the classes, the protocol.
 
 `usage.json` in the run folder says so, for where neither the data nor the paper's code is at hand.
 """
@@ -18,7 +18,7 @@ FILE = "usage.json"
 
 
 @dataclass(frozen=True)
-class Usage:
+class MetaInfo:
     """Args:
     classes: Names, by class id.
     palette: uint8 [256,3].
@@ -30,21 +30,21 @@ class Usage:
     protocol: Protocol
 
 
-def write_usage(folder: Path, usage: Usage) -> None:
+def write_metainfo(folder: Path, metainfo: MetaInfo) -> None:
     """Write `usage.json` of a run, unless it stands there already.
 
     Raises:
         OSError: it cannot be written.
     """
-    colours = usage.palette[: len(usage.classes)].tolist()
-    content = {"classes": list(usage.classes), "colours": colours, "protocol": asdict(usage.protocol)}
+    colors = metainfo.palette[: len(metainfo.classes)].tolist()
+    content = {"classes": list(metainfo.classes), "colors": colors, "protocol": asdict(metainfo.protocol)}
     text = json.dumps(content) + "\n"
     path = folder / FILE
     if not (path.is_file() and path.read_text() == text):
         replace_file(path, text)
 
 
-def read_usage(folder: Path, num_classes: int) -> Usage | None:
+def read_metainfo(folder: Path, num_classes: int) -> MetaInfo | None:
     """The `usage.json` of a run folder; None where there is none, as of a run that was not yet evaluated.
 
     Raises:
@@ -55,18 +55,19 @@ def read_usage(folder: Path, num_classes: int) -> Usage | None:
         return None
     try:
         content = json.loads(path.read_text())
-        names, colours, settings = content["classes"], content["colours"], content["protocol"]
+        names, settings = content["classes"], content["protocol"]
+        colors = content["colors"] if "colors" in content else content["colours"]  # of runs before 2026-11
         palette = voc_palette()
-        palette[: len(colours)] = colours
+        palette[: len(colors)] = colors
         crop = settings["crop"] and tuple(settings["crop"])
         protocol = Protocol(**settings | {"crop": crop, "scales": tuple(settings["scales"])})
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; remove it to go without names of classes") from None
     if len(names) != num_classes:
         raise UserError(f"{path} names {len(names)} classes, but the network of {folder} has {num_classes}")
-    return Usage(tuple(names), palette, protocol)
+    return MetaInfo(tuple(names), palette, protocol)
 
 
-def plain_usage(num_classes: int) -> Usage:
-    """Numbers for names, VOC's colours, whole images."""
-    return Usage(tuple(f"class {index}" for index in range(num_classes)), voc_palette(), Protocol())
+def default_metainfo(num_classes: int) -> MetaInfo:
+    """Numbers for names, VOC's colors, whole images."""
+    return MetaInfo(tuple(f"class {index}" for index in range(num_classes)), voc_palette(), Protocol())

@@ -15,9 +15,9 @@ from common.engine import checkpoints
 from common.engine.run_folder import open_folder
 from common.errors import UserError
 from common.evaluation.inference import Protocol
-from common.evaluation.metainfo import Usage, write_usage
+from common.evaluation.metainfo import MetaInfo, write_metainfo
 from common.models import build_network
-from common.models.infer_architecture import recognise
+from common.models.infer_architecture import infer_architecture
 from common.models.weights import STATE_ENTRIES, load_state, read_file, state_in
 
 State = dict[str, Tensor]
@@ -72,7 +72,7 @@ class Release:
         Raises:
             UserError: weights of another network, or of one that the paper has no config for.
         """
-        found = recognise(self.read(file), str(file))
+        found = infer_architecture(self.read(file), str(file))
         known = ((head, found.num_classes) for head in found.heads)
         path = next((self.configs[key] for key in known if key in self.configs), None)
         if path is None:
@@ -132,7 +132,7 @@ def convert(
     try:
         checkpoints.write(out / "checkpoints", meta, states[1], extra)
         checkpoints.point(out / "checkpoints", "last", 0)
-        write_usage(out, Usage(*named_classes(config.data, config.model.num_classes), protocol))
+        write_metainfo(out, MetaInfo(*named_classes(config.data, config.model.num_classes), protocol))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     return [*told, f"written to {out}: {len(states)} network(s), {config.model.backbone}, {config.model.head}"]

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from common.errors import UserError
 from common.evaluation.inference import Protocol
-from common.evaluation.selection import Target
+from common.evaluation.selection import CheckpointRef
 from common.metrics import Scores
 from common.visual import Sample, compare, save_ids, save_label, score_curve
 
-Results = Sequence[tuple[Target, Scores]]
+Results = Sequence[tuple[CheckpointRef, Scores]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Report:
     data_config: str
     folder: Path
 
-    def table(self, target: Target, scores: Scores) -> Table:
+    def table(self, target: CheckpointRef, scores: Scores) -> Table:
         """The scores of a checkpoint, class by class."""
         table = Table(title=_told(target), caption=self._protocol_told, title_justify="left", caption_justify="left")
         table.add_column("class")
@@ -68,7 +68,7 @@ class Report:
             table.add_row(*row, style="bold" if target is best else None)
         return table
 
-    def write(self, target: Target, scores: Scores) -> None:
+    def write(self, target: CheckpointRef, scores: Scores) -> None:
         """The scores of a checkpoint, to <which>.json.
 
         Raises:
@@ -91,8 +91,8 @@ class Report:
         except OSError as error:
             raise UserError(f"the curve cannot be written to {curve}: {error.strerror}") from None
 
-    def write_pictures(self, target: Target, samples: Iterable[Sample], palette: np.ndarray) -> None:
-        """For every image: prediction/ (in colour), ids/ (grey, a pixel's value its class), side_by_side/ (with
+    def write_pictures(self, target: CheckpointRef, samples: Iterable[Sample], palette: np.ndarray) -> None:
+        """For every image: prediction/ (in color), ids/ (gray, a pixel's value its class), side_by_side/ (with
         label)."""
         folder = self.folder / "pictures" / self._name(target.which)
         try:
@@ -124,7 +124,7 @@ class Report:
         chosen = [] if network in ("1", None) else [f"network{network}" if network in ("2", "both") else network]
         return "_".join([which, *sliding, *scales, *(["flip"] if protocol.flip else []), *chosen])
 
-    def _contents(self, target: Target, scores: Scores) -> dict[str, Any]:
+    def _contents(self, target: CheckpointRef, scores: Scores) -> dict[str, Any]:
         """What is written of a checkpoint's scores; null stands for what there is not."""
         shares = {"miou": scores.miou}
         if self._has_background:
@@ -135,7 +135,7 @@ class Report:
         return told | {"per_class_iou": {name: _or_null(iou) for name, iou in zip(self.classes, scores.per_class_iou)}}
 
 
-def _told(target: Target) -> str:
+def _told(target: CheckpointRef) -> str:
     step = "" if target.step is None else f", step {target.step}"
     return target.which + step + ("" if target.epoch is None else f", epoch {target.epoch:g}")
 
@@ -148,7 +148,7 @@ def _or_null(share: float) -> float | None:
     return None if math.isnan(share) else share
 
 
-def _best(results: Results) -> Target:
+def _best(results: Results) -> CheckpointRef:
     """The first of those with the largest mIoU; NaN is none."""
     return max(results, key=lambda result: -1.0 if math.isnan(result[1].miou) else result[1].miou)[0]
 

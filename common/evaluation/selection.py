@@ -14,7 +14,7 @@ NUMBERS = re.compile(r"(step:)?(\d+)(?:(-)(\d*))?")
 
 
 @dataclass(frozen=True)
-class Target:
+class CheckpointRef:
     """One network: `epoch` is 0-based, with a fraction between ends of epochs, and None where epochs do not count."""
 
     which: str
@@ -42,7 +42,7 @@ def run_around(which: str | None) -> Path | None:
     return next((parent for parent in parents if (parent / "config.json").is_file()), None)
 
 
-def find_targets(run: Path, which: str | None, by_epoch: bool) -> tuple[list[Target], list[str]]:
+def find_targets(run: Path, which: str | None, by_epoch: bool) -> tuple[list[CheckpointRef], list[str]]:
     """What `-e` stands for.
 
     Args:
@@ -94,13 +94,13 @@ def _newest_run(root: Path) -> Path:
     return max(times, key=times.__getitem__)
 
 
-def _target(which: str, folder: Path) -> Target:
+def _target(which: str, folder: Path) -> CheckpointRef:
     meta = read_meta(folder)
     epoch = None if meta.get("epoch") is None else round(meta["epoch"] - 1, 6)
-    return Target(which, folder / "model.safetensors", meta["step"], epoch)
+    return CheckpointRef(which, folder / "model.safetensors", meta["step"], epoch)
 
 
-def _file_target(which: str) -> Target:
+def _file_target(which: str) -> CheckpointRef:
     path = Path(which)
     if (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
@@ -112,10 +112,10 @@ def _file_target(which: str) -> Target:
     if not path.is_file():
         raise UserError(f"-e {which}: there is no such file")
     # Every checkpoint's file is called model.safetensors; its folder tells it apart.
-    return Target(path.parent.name if path.stem == "model" and path.parent.name else path.stem, path)
+    return CheckpointRef(path.parent.name if path.stem == "model" and path.parent.name else path.stem, path)
 
 
-def _numbered(root: Path, unit: str) -> tuple[dict[float, Target], list[str]]:
+def _numbered(root: Path, unit: str) -> tuple[dict[float, CheckpointRef], list[str]]:
     """Targets by step or by epoch; a damaged checkpoint becomes a remark."""
     there, notes = {}, []
     for step in list_steps(root):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from common.config.sections import ModelConfig
 from common.errors import UserError
 from common.images import imagenet_statistics
-from common.models.infer_architecture import recognise_backbone
+from common.models.infer_architecture import infer_backbone
 from common.models.resnet import CAFFE_8, MULTI_GRID, UNIFORM_8, UNIFORM_16, Geometry, build_resnet
 from common.models.weights import load_state, read_backbone
 
@@ -22,7 +22,7 @@ RATES_V2 = (6, 12)  # of four: the released networks return before the last two 
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: a 1x1, three dilated 3x3 and a globally pooled branch, joined by a 1x1.
 
-    The pooled branch normalises one value per image and channel: training needs two images or more in a batch.
+    The pooled branch normalizes one value per image and channel: training needs two images or more in a batch.
 
     Args:
         in_channels: Channels of the backbone's last stage.
@@ -43,7 +43,7 @@ class ASPP(nn.Module):
         return self.project(torch.cat([*(branch(high) for branch in self.branches), pooled], dim=1))
 
 
-class SummedASPP(nn.Module):
+class CPSASPP(nn.Module):
     """The pyramid of CPS and CPCL: the four local branches are joined first, then the pooled one is added to them.
 
     The local branches share one batch norm; every norm is followed by a leaky ReLU. Arguments as `ASPP`.
@@ -113,7 +113,7 @@ class DeepLabV3Plus(nn.Module):
         """What the classifier, and a paper's own heads, see.
 
         Args:
-            image: [B,3,H,W], normalised.
+            image: [B,3,H,W], normalized.
 
         Returns:
             [B,304,h,w] at stride 4 (321 -> 81, 512 -> 128 or, with the deep stem, 129): 48 channels from layer1, then
@@ -125,7 +125,7 @@ class DeepLabV3Plus(nn.Module):
         return torch.cat([low, context], dim=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B,3,H,W], normalised -> logits [B,num_classes,h,w] at stride 4."""
+        """[B,3,H,W], normalized -> logits [B,num_classes,h,w] at stride 4."""
         return self.classifier(self.features(image))
 
 
@@ -133,7 +133,7 @@ class CACDeepLab(DeepLabV3Plus):
     """DeepLabV3+ as CAC has it: two 3x3 convolutions in the decoder, dropout 0.5 and 0.1, multi-grid backbone.
 
     `features` are those after the decoder: [B,channels,h,w]. Convolutions outside the backbone start from Kaiming's
-    normal initialisation. Arguments and errors as `DeepLabV3Plus`; `output_stride` is 16.
+    normal initialization. Arguments and errors as `DeepLabV3Plus`; `output_stride` is 16.
     """
 
     geometry = MULTI_GRID
@@ -148,7 +148,7 @@ class CACDeepLab(DeepLabV3Plus):
         init_heads(self)
 
     def features(self, image: Tensor) -> Tensor:
-        """[B,3,H,W], normalised -> [B,channels,h,w] at stride 4."""
+        """[B,3,H,W], normalized -> [B,channels,h,w] at stride 4."""
         return self.decoder(super().features(image))
 
 
@@ -159,7 +159,7 @@ class CPSDeepLab(DeepLabV3Plus):
     """
 
     geometry = MULTI_GRID
-    pyramid = SummedASPP
+    pyramid = CPSASPP
 
     def __init__(self, backbone: str, num_classes: int, *args, **kwargs) -> None:
         super().__init__(backbone, num_classes, *args, **kwargs)
@@ -170,7 +170,7 @@ class CPSDeepLab(DeepLabV3Plus):
         init_heads(self)
 
     def features(self, image: Tensor) -> Tensor:
-        """[B,3,H,W], normalised -> [B,channels,h,w] at stride 4."""
+        """[B,3,H,W], normalized -> [B,channels,h,w] at stride 4."""
         return self.decoder(super().features(image))
 
 
@@ -193,7 +193,7 @@ class MemoryBankDeepLab(DeepLabV3Plus):
         init_small(self)
 
     def features(self, image: Tensor) -> Tensor:
-        """[B,3,H,W], normalised -> [B,channels,h,w] at stride 4."""
+        """[B,3,H,W], normalized -> [B,channels,h,w] at stride 4."""
         return self.decoder(super().features(image))
 
 
@@ -254,11 +254,11 @@ class DeepLabV2(nn.Module):
         init_small(self)
 
     def features(self, image: Tensor) -> Tensor:
-        """[B,3,H,W], normalised -> layer4's output [B,2048,h,w] at stride 8 (321 -> 41, 512 -> 64; `v2_coco` 65)."""
+        """[B,3,H,W], normalized -> layer4's output [B,2048,h,w] at stride 8 (321 -> 41, 512 -> 64; `v2_coco` 65)."""
         return self.encoder(self.input(image))[-1]
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B,3,H,W], normalised -> logits [B,num_classes,h,w] at stride 8."""
+        """[B,3,H,W], normalized -> logits [B,num_classes,h,w] at stride 8."""
         return self.classifier(self.features(image))
 
 
@@ -268,8 +268,8 @@ class CaffeDeepLabV2(DeepLabV2):
     geometry = CAFFE_8
 
 
-class FromImageNet(nn.Module):
-    """Images normalised for ImageNet, which every network is given, as other pretrained weights want them.
+class InputNormalization(nn.Module):
+    """Images normalized for ImageNet, which every network is given, as other pretrained weights want them.
 
     Args:
         mean: Of red, green and blue, 0 to 255: taken off, then the result is divided by 255 and no deviation.
@@ -300,7 +300,7 @@ NETWORKS = {  # by `model.head`
 
 
 def init_heads(network: DeepLabV3Plus) -> None:
-    """Kaiming's normal initialisation (fan in, ReLU) of every convolution outside the backbone; biases stay."""
+    """Kaiming's normal initialization (fan in, ReLU) of every convolution outside the backbone; biases stay."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d) and not name.startswith("encoder."):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -331,7 +331,7 @@ def build_network(model: ModelConfig) -> DeepLabV3Plus | DeepLabV2:
         download=model.pretrained if is_timm_name else model.pretrained is True,
     )
     if model.input_mean is not None:
-        network.input = FromImageNet(model.input_mean, model.bgr)
+        network.input = InputNormalization(model.input_mean, model.bgr)
     if isinstance(model.pretrained, str) and not is_timm_name:
         _load_pretrained(network, model)
     return network
@@ -341,7 +341,7 @@ def _load_pretrained(network: DeepLabV3Plus | DeepLabV2, model: ModelConfig) -> 
     """A local file into the backbone; DeepLabV2's classifiers too, where they have as many classes."""
     source, target = f"model.pretrained {model.pretrained}", f"{model.backbone} with the {model.stem} stem"
     backbone, classifier, left_out = read_backbone(model.pretrained)
-    found = recognise_backbone(backbone)
+    found = infer_backbone(backbone)
     if found and found != (model.backbone, model.stem):
         raise UserError(f"{source} does not fit {target}: it is a {found[0]} with the {found[1]} stem")
     load_state(network.encoder, backbone, source, target)

@@ -25,7 +25,7 @@ HEADS = {
 
 
 @dataclass(frozen=True)
-class Recognised:
+class InferredArchitecture:
     """What weights say of the `model` section: heads are those with these keys, DeepLabV2 has no `channels`."""
 
     backbone: str
@@ -35,7 +35,7 @@ class Recognised:
     channels: int | None
 
 
-def recognise_backbone(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
+def infer_backbone(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """`model.backbone` and `model.stem` of a ResNet's weights, named as torchvision does; None if they are of none."""
     blocks = tuple(
         len({key.split(".")[1] for key in state if key.startswith(f"{stage}.")})
@@ -46,7 +46,7 @@ def recognise_backbone(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
     return (depth, stem) if depth and stem else None
 
 
-def recognise(state: Mapping[str, Tensor], source: str) -> Recognised:
+def infer_architecture(state: Mapping[str, Tensor], source: str) -> InferredArchitecture:
     """The network of weights with our keys.
 
     Args:
@@ -56,9 +56,9 @@ def recognise(state: Mapping[str, Tensor], source: str) -> Recognised:
         UserError: it is none that `build_network` makes.
     """
     encoder = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
-    backbone = recognise_backbone(encoder)
+    backbone = infer_backbone(encoder)
     last = next((key for key in HEADS if key in state and state[key].dim() == 4), None)
     if backbone is None or last is None:
         raise UserError(f"{source} is of no network that is known here: give a --config that describes it")
     width = next((state[key].shape[0] for key in ("aspp.project.0.weight", "aspp.reduce.weight") if key in state), None)
-    return Recognised(*backbone, HEADS[last], state[last].shape[0], width)
+    return InferredArchitecture(*backbone, HEADS[last], state[last].shape[0], width)

@@ -12,7 +12,7 @@ DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Dilation:
     """Where a backbone dilates instead of striding.
 
     Args:
@@ -34,17 +34,17 @@ class Geometry:
 # (stem, output_stride) of a config -> what PRCL and CSS do with it. With the deep stem their layer3 and layer4 never
 # stride, so the features have stride 8 either way; `output_stride` then chooses the dilations (and the ASPP's rates).
 GEOMETRIES = {
-    ("plain", 16): Geometry(16),
-    ("plain", 8): Geometry(8),
-    ("deep", 16): Geometry(8, {"layer4": (2,)}, ceil_mode=True),
-    ("deep", 8): Geometry(8, {"layer3": (2,), "layer4": (4,)}, ceil_mode=True),
+    ("plain", 16): Dilation(16),
+    ("plain", 8): Dilation(8),
+    ("deep", 16): Dilation(8, {"layer4": (2,)}, ceil_mode=True),
+    ("deep", 8): Dilation(8, {"layer3": (2,), "layer4": (4,)}, ceil_mode=True),
 }
 # What CAC, CPS and CPCL do with either stem: stride 16, and dilations that double from block to block.
-MULTI_GRID = Geometry(16, {"layer4": (2, 4, 8)})
+MULTI_GRID = Dilation(16, {"layer4": (2, 4, 8)})
 # Memory bank: all blocks of a stage have its dilation, the first one too. The last is that of weights from COCO.
-UNIFORM_16 = Geometry(16, {"layer4": (2,)})
-UNIFORM_8 = Geometry(8, {"layer3": (2,), "layer4": (4,)})
-CAFFE_8 = Geometry(8, UNIFORM_8.dilation, ceil_mode=True, stride_first=True)
+UNIFORM_16 = Dilation(16, {"layer4": (2,)})
+UNIFORM_8 = Dilation(8, {"layer3": (2,), "layer4": (4,)})
+CAFFE_8 = Dilation(8, UNIFORM_8.dilation, ceil_mode=True, stride_first=True)
 
 
 def build_resnet(
@@ -52,9 +52,9 @@ def build_resnet(
     stem: str = "plain",
     output_stride: int = 16,
     download: bool | str = False,
-    geometry: Geometry | None = None,
+    geometry: Dilation | None = None,
 ) -> nn.Module:
-    """A ResNet without its classifier, randomly initialised (timm's Kaiming rule) or with timm's ImageNet weights.
+    """A ResNet without its classifier, randomly initialized (timm's Kaiming rule) or with timm's ImageNet weights.
 
     `forward(image [B,3,H,W])` returns `[low, high]`: layer1's output at stride 4 and layer4's at stride 16 or 8.
     `feature_info.channels()` are their channels: 64 and 512 up to resnet34, 256 and 2048 above. The keys are timm's

@@ -27,7 +27,7 @@ class TwoNetworks(nn.Module):
         """One forward a step; the two batches pass apart, which keeps the paper's batch-norm statistics.
 
         Args:
-            labeled, unlabeled: Normalised images [B,3,H,W].
+            labeled, unlabeled: Normalized images [B,3,H,W].
 
         Returns:
             `labeled1`, `unlabeled1`, `labeled2`, `unlabeled2`: logits [B,C,h,w] of either network.
@@ -53,7 +53,7 @@ def predict_mixture(
 
     Args:
         network: Network 1 or 2.
-        images: Normalised [B,3,H,W] of either stream.
+        images: Normalized [B,3,H,W] of either stream.
         mask: Bool [B,H,W], True where the mixture is of the second stream.
         autocast: The context of a forward.
         predict: Maps [B,H,W] of logits [B,C,H,W].

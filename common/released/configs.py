@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.config.files import Translation, nearest, sections_of
+from common.config.files import Translation, did_you_mean, sections_of
 from common.errors import UserError
 
 Settings = dict[str, Any]
@@ -36,7 +36,7 @@ def translate_keys(
     """
     for key in flat:
         if key not in rules:
-            raise UserError(f"unknown key {key}{nearest(key, rules)}")
+            raise UserError(f"unknown key {key}{did_you_mean(key, rules)}")
     if missing := [key for key in required if key not in flat]:
         raise UserError(f"{', '.join(missing)} missing: a config of {release} has them")
     ours, rows = dict(always), []

@@ -21,7 +21,7 @@ import numpy as np
 
 from common import IGNORE
 from common.config.sections import DataConfig
-from common.datasets.reader import Source, read_lines
+from common.datasets.reader import Reader, read_lines
 from common.errors import UserError
 from common.splits.lists import find_lists, published_id, read_ids
 from common.splits.orders import order_of
@@ -37,7 +37,7 @@ class Split:
     valid: list[str]
 
 
-def split_of(data: DataConfig, source: Source, allow_overlap: bool | None = None) -> Split:
+def split_of(data: DataConfig, reader: Reader, allow_overlap: bool | None = None) -> Split:
     """The lists that a config names: those of its split, `labeled_list` and `unlabeled_list`, or `split_id`.
 
     With the last two, images for validation are the dataset's own. A missing split <data.root>/splits/<labels>/<seed>
@@ -45,7 +45,7 @@ def split_of(data: DataConfig, source: Source, allow_overlap: bool | None = None
 
     Args:
         data: The config's section.
-        source: Of these data.
+        reader: Of these data.
         allow_overlap: In place of the config's.
 
     Raises UserError as `read_split` and `order_of`, and where not exactly one kind is named.
@@ -60,23 +60,23 @@ def split_of(data: DataConfig, source: Source, allow_overlap: bool | None = None
     if (data.labeled_samples is None) != (data.split_id is None):
         raise UserError("data.split_id and data.labeled_samples, the number of labeled images, go together")
     if data.split_id is not None:
-        return _first_of_order(data, source)
+        return _first_of_order(data, reader)
     if data.split is not None:
         if data.dataset == "shapes":
-            _make_built_in_split(Path(data.split).expanduser(), Path(data.root).expanduser(), source)
-        return read_split(data.split, allow_overlap, data.dataset, data.root, source)
+            _make_built_in_split(Path(data.split).expanduser(), Path(data.root).expanduser(), reader)
+        return read_split(data.split, allow_overlap, data.dataset, data.root, reader)
     paths = {"labeled": Path(data.labeled_list).expanduser()}
-    labeled = _read_list(paths["labeled"], source, data)
-    split = replace(complete(source, labeled), labeled=labeled)
+    labeled = _read_list(paths["labeled"], reader, data)
+    split = replace(complete(reader, labeled), labeled=labeled)
     if data.unlabeled_list is not None:
         paths["unlabeled"] = Path(data.unlabeled_list).expanduser()
-        split = replace(split, unlabeled=_read_list(paths["unlabeled"], source, data))
-    return _checked(split, data.lists, lambda kind: paths.get(kind, source.layout), allow_overlap)
+        split = replace(split, unlabeled=_read_list(paths["unlabeled"], reader, data))
+    return _checked(split, data.lists, lambda kind: paths.get(kind, reader.layout), allow_overlap)
 
 
-def valid_of(data: DataConfig, source: Source) -> list[str]:
+def valid_of(data: DataConfig, reader: Reader) -> list[str]:
     """The images for validation. Unlike `split_of` it needs no stored order, which does not concern them."""
-    return _own_valid(source) if data.split_id is not None else split_of(data, source).valid
+    return _own_valid(reader) if data.split_id is not None else split_of(data, reader).valid
 
 
 def read_split(
@@ -84,7 +84,7 @@ def read_split(
     allow_overlap: bool = False,
     dataset: str = "DATASET",
     root: str = "ROOT",
-    source: Source | None = None,
+    reader: Reader | None = None,
 ) -> Split:
     """Read a split.
 
@@ -93,7 +93,7 @@ def read_split(
         allow_overlap: accept images that are labeled and unlabeled; labels of the unlabeled list are never opened.
         dataset: kind of the dataset, and
         root: its folder, for the commands that are told when the split is missing.
-        source: of the dataset, whose own images for validation stand in for a list that was not published.
+        reader: of the dataset, whose own images for validation stand in for a list that was not published.
 
     Raises UserError for a missing or empty list (an empty unlabeled one is accepted), a line that is no id, an id that
     is twice in a list, and labeled images in the unlabeled list.
@@ -102,11 +102,11 @@ def read_split(
     files = find_lists(folder)
     if files is None:
         raise UserError(_no_split(folder, dataset, root))
-    names = files.names(source.id_of if source else published_id)
+    names = files.names(reader.id_of if reader else published_id)
     if "valid" not in names:
-        if source is None:
+        if reader is None:
             raise UserError(f"{folder}: no list for validation was published with it: give --dataset and --data-root")
-        names["valid"] = source.names("val")
+        names["valid"] = reader.names("val")
     return _checked(Split(**names), folder, lambda kind: files.paths.get(kind, folder), allow_overlap)
 
 
@@ -148,50 +148,50 @@ def write_split(folder: str | Path, split: Split) -> None:
                 raise
 
 
-def complete(source: Source, labeled: Sequence[str], valid: Sequence[str] | None = None) -> Split:
+def complete(reader: Reader, labeled: Sequence[str], valid: Sequence[str] | None = None) -> Split:
     """The split of `labeled`: every other image for training is unlabeled.
 
     Args:
-        source: of the dataset.
+        reader: of the dataset.
         labeled: ids.
         valid: for validation; by default the dataset's own.
 
     Raises UserError when there are none for validation.
     """
-    valid = _own_valid(source) if valid is None else list(valid)
+    valid = _own_valid(reader) if valid is None else list(valid)
     taken = {*labeled, *valid}
-    return Split(sorted(set(labeled)), [name for name in source.names("train") if name not in taken], valid)
+    return Split(sorted(set(labeled)), [name for name in reader.names("train") if name not in taken], valid)
 
 
-def _own_valid(source: Source) -> list[str]:
-    valid = source.names("val")
+def _own_valid(reader: Reader) -> list[str]:
+    valid = reader.names("val")
     if not valid:
-        raise UserError(f"{source.layout}: no images for validation")
+        raise UserError(f"{reader.layout}: no images for validation")
     return valid
 
 
-def _make_built_in_split(split: Path, root: Path, source: Source) -> None:
+def _make_built_in_split(split: Path, root: Path, reader: Reader) -> None:
     if split.exists() or split.parent.parent.resolve() != (root / "splits").resolve():
         return
     labels, seed = split.parent.name, split.name
     if not (labels.isdigit() and seed.isdigit()):
         raise UserError(f"split {split} of the built-in data: give {root}/splits/<labels>/<seed>, both numbers")
-    write_split(split, complete(source, choose_class_covering(source, candidates(source), int(labels), int(seed))))
+    write_split(split, complete(reader, choose_class_covering(reader, candidates(reader), int(labels), int(seed))))
 
 
-def _first_of_order(data: DataConfig, source: Source) -> Split:
-    names = source.names("train")
+def _first_of_order(data: DataConfig, reader: Reader) -> Split:
+    names = reader.names("train")
     if data.labeled_samples > len(names):
         raise UserError(
             f"data.labeled_samples is {data.labeled_samples}, but {data.root} has {len(names)} for training"
         )
     ordered = [names[index] for index in order_of(data, len(names))]
-    return Split(ordered[: data.labeled_samples], ordered[data.labeled_samples :], _own_valid(source))
+    return Split(ordered[: data.labeled_samples], ordered[data.labeled_samples :], _own_valid(reader))
 
 
-def candidates(source: Source) -> list[str]:
+def candidates(reader: Reader) -> list[str]:
     """Sorted ids of the images for training that have a label."""
-    return [name for name in source.names("train") if source.has_label(name)]
+    return [name for name in reader.names("train") if reader.has_label(name)]
 
 
 def choose_random(names: Sequence[str], count: int, seed: int) -> list[str]:
@@ -203,7 +203,7 @@ def choose_random(names: Sequence[str], count: int, seed: int) -> list[str]:
     return _ranked(names, count, seed)[:count]
 
 
-def choose_class_covering(source: Source, names: Sequence[str], count: int, seed: int) -> list[str]:
+def choose_class_covering(reader: Reader, names: Sequence[str], count: int, seed: int) -> list[str]:
     """As `choose_random`, but every class that occurs in any of the labels occurs in the chosen ones.
 
     As few of the random images as possible give way: the last ranked, to those that show most of the missing classes.
@@ -211,7 +211,7 @@ def choose_class_covering(source: Source, names: Sequence[str], count: int, seed
     """
     ranked = _ranked(names, count, seed)
     with ThreadPoolExecutor() as pool:
-        occurs = np.stack(list(pool.map(lambda name: classes_in(source, name), ranked)))
+        occurs = np.stack(list(pool.map(lambda name: classes_in(reader, name), ranked)))
     wanted = occurs.any(0)
     for replaced in range(count + 1):
         kept = count - replaced
@@ -241,10 +241,10 @@ def _ranked(names: Sequence[str], count: int, seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
 
 
-def classes_in(source: Source, name: str) -> np.ndarray:
+def classes_in(reader: Reader, name: str) -> np.ndarray:
     """bool [C]: which classes the label of `name` shows."""
-    counts = np.bincount(source.read_label(name).numpy().ravel(), minlength=IGNORE + 1)
-    return counts[: len(source.classes)] > 0
+    counts = np.bincount(reader.read_label(name).numpy().ravel(), minlength=IGNORE + 1)
+    return counts[: len(reader.classes)] > 0
 
 
 def _cover(occurs: np.ndarray, missing: np.ndarray) -> list[int]:
@@ -260,11 +260,11 @@ def _list_path(folder: Path, kind: str) -> Path:
     return folder / f"{kind}_filename.txt"
 
 
-def _read_list(path: Path, source: Source, data: DataConfig) -> list[str]:
+def _read_list(path: Path, reader: Reader, data: DataConfig) -> list[str]:
     if not path.is_file():
         how = "set data.labeled_list and data.unlabeled_list to files that are there"
         raise UserError(f"no list {path}: {how}{_published(path, data.root)}")
-    return read_ids(path, source.id_of)
+    return read_ids(path, reader.id_of)
 
 
 def _holds(folder: Path, split: Split) -> bool:

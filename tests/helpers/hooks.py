@@ -19,7 +19,7 @@ def record(folder: Path) -> None:
     """
     seen: dict[str, list] = {"batches": [], "inputs": []}
 
-    def check_batch(run: Run, batch) -> None:
+    def register_batch(run: Run, batch) -> None:
         checked(run, batch)
         seen["batches"].append((batch.names, batch.image.clone()))
 
@@ -36,14 +36,14 @@ def record(folder: Path) -> None:
     def finish(run: Run, *kind: str) -> None:
         end = {
             f"{number}.{name}": tensor.clone()
-            for number, module in enumerate(run._parts.modules())
+            for number, module in enumerate(run._contents.modules())
             for name, tensor in module.state_dict().items()
         }
         torch.save(seen | {"end": end}, folder / f"{run.processes}_{run.rank}.pt")
         finished(run, *kind)
 
-    checked, prepared, finished = Run.check_batch, Run.prepare, Run.finish
-    Run.check_batch, Run.prepare, Run.finish = check_batch, prepare, finish
+    checked, prepared, finished = Run.register_batch, Run.prepare, Run.finish
+    Run.register_batch, Run.prepare, Run.finish = register_batch, prepare, finish
 
 
 def spoil_gradient(step: int) -> None:
@@ -82,12 +82,12 @@ def stop_in_evaluation() -> None:
     """Get SIGTERM at the first batch of the first evaluation."""
 
     def predict(*arguments):
-        common.evaluation.sum_logits = predicted
+        common.evaluation.evaluate.sum_logits = predicted
         os.kill(os.getpid(), signal.SIGTERM)
         return predicted(*arguments)
 
-    common.evaluation.PIXELS_AT_ONCE = 1  # batches of one image: there is a next one
-    predicted, common.evaluation.sum_logits = common.evaluation.sum_logits, predict
+    common.evaluation.evaluate.MAX_BATCH_PIXELS = 1  # batches of one image: there is a next one
+    predicted, common.evaluation.evaluate.sum_logits = common.evaluation.evaluate.sum_logits, predict
 
 
 def both(*hooks: Callable[[], None]) -> None:

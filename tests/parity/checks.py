@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from common import IGNORE
 from common.augment import (
-    Geometry,
+    CropGeometry,
     Photometric,
     apply_geometry_batch,
     apply_photometric_batch,
@@ -34,7 +34,7 @@ from common.optim import poly, set_lr
 Golden = dict[str, Tensor | np.ndarray]
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-GREY_LEVEL = 1.001 / 255 / STD  # in a normalised image
+GREY_LEVEL = 1.001 / 255 / STD  # in a normalized image
 
 
 # ---- reading and comparing
@@ -187,7 +187,7 @@ class Replay:
 def check_crop(
     transform: Transform, image: Tensor, label: Tensor, draws: Tensor, want_image: Tensor, want_label: Tensor
 ) -> None:
-    """A crop of `image` [H,W,3] and `label` [H,W] by recorded draws: images within a grey level.
+    """A crop of `image` [H,W,3] and `label` [H,W] by recorded draws: images within a gray level.
 
     OpenCV rounds to the pixel above and before, also of a mirrored image: labels are the wanted ones, or would be, were
     the label moved by a row, a column or both.
@@ -200,19 +200,19 @@ def check_crop(
         ours, our_label = transform(image, moved, Replay(draws))
         allowed |= our_label == want_label
     error = (normalize(ours) - want_image).abs()
-    assert (error <= GREY_LEVEL).all(), f"{(error / GREY_LEVEL).max():.2f} grey levels"
+    assert (error <= GREY_LEVEL).all(), f"{(error / GREY_LEVEL).max():.2f} gray levels"
     assert allowed.all(), f"{(~allowed).sum()} labels differ"
 
 
 def check_batch_transform(path: Path) -> None:
-    """Images within a grey level, as Pillow rounds after rows and after columns; labels exact; confidences to 1/255.
+    """Images within a gray level, as Pillow rounds after rows and after columns; labels exact; confidences to 1/255.
 
     Where the centre of a pixel falls between two source pixels, labels may be of the one before: Pillow sums up steps.
     """
     g = read(path)
     crop, scale, case = g["crop_size"].tolist(), float(g["scale_ratio"]), str(g["case"])
     height, width = (int(side * scale) for side in g["image_u8"].shape[-2:])
-    geometries = [Geometry(height, width, top, left) for top, left, _, _ in g["crop_ijhw"].tolist()]
+    geometries = [CropGeometry(height, width, top, left) for top, left, _, _ in g["crop_ijhw"].tolist()]
 
     def stacked(name: str) -> Tensor:
         """The one map of the file, or all of its numbered ones: [B,K,H,W]."""
@@ -230,7 +230,7 @@ def check_batch_transform(path: Path) -> None:
     for image, levels in ((stored / 255, 1), (stored, 2)):  # training has floats; uint8 rounds as often as Pillow
         levels += 3 * ("blur" in case)  # six more roundings
         error = (normalize(transform(image, label, confidence)[0]) - g["out_image"]).abs()
-        assert (error <= levels * GREY_LEVEL).all(), f"{(error / GREY_LEVEL).max():.2f} grey levels"
+        assert (error <= levels * GREY_LEVEL).all(), f"{(error / GREY_LEVEL).max():.2f} gray levels"
 
     between = [between_pixels(geometry, label.shape[-2:], crop) for geometry in geometries]
     rows, columns = (torch.stack(each) for each in zip(*between))
@@ -246,12 +246,12 @@ def check_batch_transform(path: Path) -> None:
 
 
 def released_copy(image: Tensor) -> Tensor:
-    """The 8-bit copy that the released code makes of the normalised `image`; its roundings cost pixels a grey level."""
+    """The 8-bit copy that the released code makes of the normalized `image`; its roundings cost pixels a gray level."""
     inverse = torch.tensor([1 / std for std in IMAGENET_STD]).view(3, 1, 1)
     return ((normalize(image) / inverse + MEAN) * 255).to(torch.uint8)
 
 
-def between_pixels(geometry: Geometry, size: tuple[int, int], crop: list[int]) -> tuple[Tensor, Tensor]:
+def between_pixels(geometry: CropGeometry, size: tuple[int, int], crop: list[int]) -> tuple[Tensor, Tensor]:
     """Bool [h,1] and [1,w]: rows and columns of the crop whose centre falls exactly between two of `size`."""
     axes = zip(size, (geometry.height, geometry.width), (geometry.top, geometry.left), crop)
     rows, columns = (
@@ -278,7 +278,7 @@ def check_mix(path: Path) -> None:
 
 def close_mix(mode: str, g: Golden, own: slice, mask: Tensor, prefix: str, same: list[bool]) -> None:
     """Mix the part `own` of the whole batch; its last image with the first of the next part."""
-    image = g["image"] * STD + MEAN  # the golden is normalised
+    image = g["image"] * STD + MEAN  # the golden is normalized
     maps = image, to_label(g["label"]), g["conf"]
     following = None if len(mask) == len(image) else tuple(values[own.stop % len(values)] for values in maps)
     rngs = [np.random.default_rng(i) for i in range(len(mask))]

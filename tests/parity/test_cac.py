@@ -158,7 +158,7 @@ def check_crop_geometry(path: Path) -> None:
 
 
 def check_augmentation(path: Path) -> None:
-    """Images within a grey level; labels as released or those of the next row or column, as OpenCV rounds down."""
+    """Images within a gray level; labels as released or those of the next row or column, as OpenCV rounds down."""
     g = read(path)
     for name in [key.removesuffix("_draws") for key in g if key.endswith("_draws")]:
         base, crop = g[f"{name.split('_')[0]}_base_crop"].tolist()
@@ -275,7 +275,7 @@ def check_validation(path: Path) -> None:
     convolution = nn.Conv2d(*g["weight"].shape[1::-1], g["weight"].shape[-1], stride=multiple, padding=1)
     convolution.load_state_dict({"weight": g["weight"], "bias": g["bias"]})
     convolution.align_corners = True
-    # Our evaluation takes images in [0,1]; the file has what is already normalised.
+    # Our evaluation takes images in [0,1]; the file has what is already normalized.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("common.evaluation.inference.normalize", lambda image: image)
         ours, _ = sum_logits(convolution, g["x"], (height, width), Protocol(multiple=multiple))

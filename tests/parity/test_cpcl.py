@@ -19,7 +19,7 @@ from networks import Caught, draw_input, fill_small, load_branches, read_keys, t
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from common.augment import ScaleChoiceCrop, draw_toggled_masks, mix
+from common.augment import ScaleChoiceCrop, draw_cutmix_box_masks, mix
 from common.config import load_config
 from common.config.sections import ModelConfig, OptimConfig
 from common.datasets.cityscapes import LABEL_IDS, Cityscapes
@@ -157,17 +157,17 @@ def check_masks(path: Path) -> None:
     """Exact for a legacy generator, and by distribution. Of the variants, one is ours: another number of boxes."""
     g = read(path)
     shape, packed = g["masks_8_shape"].tolist(), g["masks_8_packed"]
-    ours = draw_toggled_masks(np.random.RandomState(int(g["seed_8"])), shape[0], *shape[2:])
+    ours = draw_cutmix_box_masks(np.random.RandomState(int(g["seed_8"])), shape[0], *shape[2:])
     np.testing.assert_array_equal(ours, unpacked(packed, shape))
     shape = g["variant_shape"].tolist()
-    one = draw_toggled_masks(np.random.RandomState(int(g["variant_seed"])), shape[0], *shape[2:], boxes=1)
+    one = draw_cutmix_box_masks(np.random.RandomState(int(g["variant_seed"])), shape[0], *shape[2:], boxes=1)
     np.testing.assert_array_equal(one, unpacked(g["variant_n1"], shape))
 
     size, areas = g["pixmean_64x64"].shape, g["area_1000"].numpy()
-    legacy = draw_toggled_masks(np.random.RandomState(int(g["seed_1000"])), len(areas), *size)
+    legacy = draw_cutmix_box_masks(np.random.RandomState(int(g["seed_1000"])), len(areas), *size)
     np.testing.assert_allclose(legacy.mean((1, 2)), areas, rtol=0, atol=1e-6)
     rng = np.random.default_rng(0)
-    masks = np.concatenate([draw_toggled_masks(rng, 1, *size) for _ in range(len(areas))])
+    masks = np.concatenate([draw_cutmix_box_masks(rng, 1, *size) for _ in range(len(areas))])
     np.testing.assert_allclose(masks.mean(0), g["pixmean_64x64"].numpy(), rtol=0, atol=0.08)
     assert kolmogorov_smirnov(masks.mean((1, 2)), areas) < 1.95 * np.sqrt(2 / len(areas))  # p > 0.001
 
@@ -185,9 +185,9 @@ def kolmogorov_smirnov(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def check_augmentation(path: Path) -> None:
-    """By recorded draws. Beyond an image there are 0s once it is normalised; ours is that colour in whole grey levels.
+    """By recorded draws. Beyond an image there are 0s once it is normalized; ours is that color in whole gray levels.
 
-    `over_` was padded before it was normalised: only what shows the image is compared.
+    `over_` was padded before it was normalized: only what shows the image is compared.
     """
     g = read(path)
     crop = tuple(g["crop"].tolist())
@@ -207,7 +207,7 @@ def check_augmentation(path: Path) -> None:
     assert_close(label, g["over_out_gt"])
 
 
-def check_normalisation(path: Path) -> None:
+def check_normalization(path: Path) -> None:
     g = read(path)
     close(normalize(g["img"].permute(2, 0, 1)[None])[0].permute(1, 2, 0), g["norm"].float(), rtol=0, atol=1e-6)
     close(torch.tensor(LABEL_IDS), g["trans_labels"], rtol=0, atol=0)
@@ -351,7 +351,7 @@ class Toy(nn.Module):
 
 
 def check_evaluation(path: Path) -> None:
-    """Of resized images OpenCV rounds grey levels otherwise: there scores differ a little, and near ties may too."""
+    """Of resized images OpenCV rounds gray levels otherwise: there scores differ a little, and near ties may too."""
     g = read(path)
     assert float(g["stride_rate"]) == pytest.approx(2 / 3)
     network, image, size = Toy(g["weight"], g["bias"]), g["img"].permute(2, 0, 1)[None], tuple(g["img"].shape[:2])
@@ -361,7 +361,7 @@ def check_evaluation(path: Path) -> None:
         score, want = score[0].permute(1, 2, 0), g[f"score_{index}"]
         if scale == 1:
             close(score, want, rtol=1e-4, atol=1e-4)
-        else:  # no pixel is more than a grey level off, in no pass
+        else:  # no pixel is more than a gray level off, in no pass
             most = (g["weight"].abs().sum((2, 3)) * GREY_LEVEL.flatten()).sum(1) * (1 + flip)
             assert ((score - want).abs() <= most).all()
             assert (score - want).abs().mean() < 0.01 * want.std()
@@ -403,7 +403,7 @@ def test_our_configs_hold_the_released_values(name, config):
 
 
 @pytest.mark.parametrize(("name", "source"), [("city", Cityscapes), ("voc", VOC)])
-def test_colours_and_names_of_classes(name, source):
+def test_colors_and_names_of_classes(name, source):
     g = json.loads((OWN / f"{name}_colors.json").read_text())
     classes = VOC_CLASSES if source is VOC else Cityscapes.classes
     assert source.palette[: len(classes)].tolist() == g["class_colors"]
@@ -419,7 +419,7 @@ ADAPTERS: dict[str, Callable[[Path], None]] = {
     "lr_": check_poly,
     "metrics": check_metrics,
     "network_": check_network,
-    "normalize_": check_normalisation,
+    "normalize_": check_normalization,
     "ohem": check_ohem,
     "show_img": check_picture,
     "state_dict_": check_key_list,

@@ -21,7 +21,7 @@ from cac_cps.config import Config, Method
 from cac_cps.losses import cross_pseudo_loss, pseudo_label
 from cac_cps.training import OHEM_THRESHOLD, make_optimizer
 from common import IGNORE
-from common.augment import ScaleChoiceCrop, draw_toggled_masks, mix
+from common.augment import ScaleChoiceCrop, draw_cutmix_box_masks, mix
 from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
 from common.evaluation.inference import Protocol, sum_logits
 from common.loaders import StepSampler
@@ -130,11 +130,11 @@ def check_masks(path: Path) -> None:
     g = read(path)
     for name in [key for key in g if key.startswith("exact") and not key.endswith("_seed")]:
         count, _, height, width = g[name].shape
-        masks = draw_toggled_masks(np.random.RandomState(int(g[f"{name}_seed"])), count, height, width)
+        masks = draw_cutmix_box_masks(np.random.RandomState(int(g[f"{name}_seed"])), count, height, width)
         np.testing.assert_array_equal(masks, g[name][:, 0].numpy())
     size, count = g["stat_shape"].tolist(), int(g["stat_n"])
     rng = np.random.default_rng(0)
-    masks = np.concatenate([draw_toggled_masks(rng, 1, *size) for _ in range(count)])
+    masks = np.concatenate([draw_cutmix_box_masks(rng, 1, *size) for _ in range(count)])
     areas = masks.mean((1, 2))
     tolerance = 3 * float(g["area_std"]) * np.sqrt(2 / count)
     assert areas.mean() == pytest.approx(float(g["area_mean"]), abs=tolerance)
@@ -293,7 +293,7 @@ class Toy(nn.Module):
 def check_evaluator(path: Path) -> None:
     """Scores of sliding windows, and classes of both protocols.
 
-    With several scales OpenCV rounds the resized images to other grey levels, and the released whole-image mode, which
+    With several scales OpenCV rounds the resized images to other gray levels, and the released whole-image mode, which
     nothing there calls, resizes scores twice: near ties may fall either way.
     """
     g = read(path)

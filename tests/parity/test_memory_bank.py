@@ -33,7 +33,7 @@ from common.images import normalize
 from common.losses import upsample
 from common.mean_teacher import make_teacher, update_teacher
 from common.metrics import ConfusionMatrix
-from common.models.deeplab import FromImageNet
+from common.models.deeplab import InputNormalization
 from common.models.weights import UNREACHED, load_state
 from common.optim import poly
 from common.released.weights import MEMORY_BANK, MEMORY_BANK_HEADS, deeplab_from_memory_bank
@@ -41,7 +41,7 @@ from common.splits.orders import random_order, read_order
 from memory_bank import augment as views
 from memory_bank import config as setting
 from memory_bank.augment import BlackCrop
-from memory_bank.bank import Bank, nearest
+from memory_bank.bank import Bank, nearest_labels
 from memory_bank.config import Config, Method
 from memory_bank.heads import Heads, Selectors, rows_of
 from memory_bank.losses import (
@@ -344,7 +344,7 @@ def check_photometric(path: Path) -> None:
             image = g["data"][:, :, :4, :4]
             # The release reads BGR in the first place; ours is RGB until the network turns it.
             image = image.flip(1) if order == "bgr" else image
-            close(FromImageNet(MEANS[dataset], order == "bgr")(normalize(image)), want, rtol=0, atol=1e-6)
+            close(InputNormalization(MEANS[dataset], order == "bgr")(normalize(image)), want, rtol=0, atol=1e-6)
 
 
 def check_jitter_ranges(jitter: float, want: Tensor) -> None:
@@ -684,7 +684,7 @@ def check_one_step(g: Golden, want: Golden, step: int) -> None:
     student, teacher = step_network(part(g, "student/"), g), step_network(part(g, "teacher/"), g)
     teacher.requires_grad_(False)
     bank = bank_of(g, "memory_before/", num_classes, int(g["memory_per_class"]), int(g["F"]))
-    own = FromImageNet(MEANS[str(g["dataset"])], bgr=False)
+    own = InputNormalization(MEANS[str(g["dataset"])], bgr=False)
     labeled, unlabeled = (own(normalize(g[name])) for name in ("images_aug", "joined_unlabeled"))
     label = to_label(g["labels_aug"], g["ignore_label"])
     pseudo_label = to_label(g["joined_pseudolabels"], g["ignore_label"])
@@ -704,7 +704,7 @@ def check_one_step(g: Golden, want: Golden, step: int) -> None:
         if "mask_correct_confident" in want:
             assert_close((classes != IGNORE).view_as(want["mask_correct_confident"]), want["mask_correct_confident"])
             assert_close(
-                nearest(label, want["labels_down"].shape[-2:]), to_label(want["labels_down"], g["ignore_label"])
+                nearest_labels(label, want["labels_down"].shape[-2:]), to_label(want["labels_down"], g["ignore_label"])
             )
             close(rows[classes != IGNORE], want["projected"], rtol=1e-4, atol=1e-5)
         bank.update(rows, classes, teacher.heads.selectors, most_rows(g, len(labeled)))

@@ -8,7 +8,7 @@ import torch
 from common.config.sections import ModelConfig
 from common.evaluation.export import SMALLEST, Deployed, export_network
 from common.evaluation.inference import Protocol
-from common.evaluation.metainfo import plain_usage
+from common.evaluation.metainfo import default_metainfo
 from common.models import build_network
 
 NETWORKS = [
@@ -25,7 +25,7 @@ NETWORKS = [
 @pytest.mark.parametrize(("model", "protocol"), NETWORKS, ids=lambda value: getattr(value, "get", str)("head"))
 def test_export(tmp_path, model, protocol):
     network = build_network(ModelConfig(5, "resnet18", channels=8, pretrained=False, **model)).eval()
-    export_network(network, replace(plain_usage(5), protocol=protocol), tmp_path / "network.pt2")
+    export_network(network, replace(default_metainfo(5), protocol=protocol), tmp_path / "network.pt2")
     program = torch.export.load(tmp_path / "network.pt2").module()
     for size in ((1, 3, SMALLEST, SMALLEST), (2, 3, 81, 95), (1, 3, 160, 88), (1, 3, 101, 240)):
         image = torch.randint(0, 256, size, dtype=torch.uint8)
