@@ -11,7 +11,7 @@ from common.config.sections import ModelConfig
 from common.errors import UserError
 from common.images import imagenet_statistics
 from common.models.infer_architecture import infer_backbone
-from common.models.resnet import CAFFE_8, MULTI_GRID, UNIFORM_8, UNIFORM_16, Geometry, build_resnet
+from common.models.resnet import CAFFE_8, MULTI_GRID, UNIFORM_8, UNIFORM_16, Dilation, build_resnet
 from common.models.weights import load_state, read_backbone
 
 LOW_CHANNELS = 48
@@ -85,7 +85,7 @@ class DeepLabV3Plus(nn.Module):
         UserError: see `build_resnet`.
     """
 
-    geometry: Geometry | None = None
+    geometry: Dilation | None = None
     pyramid: type[nn.Module] = ASPP
 
     def __init__(
