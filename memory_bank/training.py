@@ -110,8 +110,8 @@ def take_stock(parts: Parts, config: Config, run: Run) -> None:
     """Evaluate and save where that is due; start again from the best where it has been the best for too long."""
     evaluates, protocol = run.evaluation_due, protocol_of(config)
     if evaluates:
-        run.log_scores(evaluate_run(parts.evaluated, parts.source, parts.split, run, protocol))
-        save_panel(parts.evaluated, parts.source, parts.split, run, protocol=protocol)
+        run.log_scores(evaluate_run(parts.evaluated, parts.reader, parts.split, run, protocol))
+        save_panel(parts.evaluated, parts.reader, parts.split, run, protocol=protocol)
         waited = run.step - max(run.best_step, int(parts.restart.step))
         too_long = waited > config.method.patience * run.total and run.step < run.total
         parts.restart.due.fill_(too_long and not run.evaluation_due)  # not where a signal cut the evaluation short
@@ -149,7 +149,7 @@ def finish(parts: Parts, unlabeled_batches: StepBatches, config: Config, run: Ru
             with torch.no_grad(), run.autocast():
                 network(normalize(image))
         run.share_statistics(network)
-        scores = evaluate_run(network, parts.source, parts.split, run, protocol_of(config))
+        scores = evaluate_run(network, parts.reader, parts.split, run, protocol_of(config))
         run.stop_if_signalled()
         run.save_variant(REFRESHED, network, scores)
     run.finish(REFRESHED)

@@ -367,7 +367,7 @@ import json, sys
 from dataclasses import dataclass
 from accelerate import Accelerator
 from common.config import DataConfig, ModelConfig, RunConfig, load_config
-from common.datasets import open_source
+from common.datasets import open_reader
 from common.evaluation import evaluate
 from common.evaluation.cli import main_eval
 from common.models import build_network
@@ -386,11 +386,11 @@ accelerator = Accelerator(cpu=True)
 network = build_network(config.model)
 network.load_state_dict(read_state(run + "/checkpoints/last/model.safetensors"))
 wrapped = accelerator.prepare(network)
-source = open_source(config.data)
-opened, read_pair = [], source.read_pair
-source.read_pair = lambda name: opened.append(name) or read_pair(name)
+reader = open_reader(config.data)
+opened, read_pair = [], reader.read_pair
+reader.read_pair = lambda name: opened.append(name) or read_pair(name)
 settings = {"accelerator": accelerator, "batch_size": 1, "workers": 0}
-iou = [evaluate(wrapped, source, names, 3, **settings).per_class_iou for names in ("abcde", "a")]
+iou = [evaluate(wrapped, reader, names, 3, **settings).per_class_iou for names in ("abcde", "a")]
 with open(f"{out}/{accelerator.process_index}.json", "w") as file:
     json.dump([accelerator.num_processes, opened, iou], file)
 main_eval("toy", Config, [run, "-e", "last", "-d", "cpu"])

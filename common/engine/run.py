@@ -178,7 +178,7 @@ class Run(AbstractContextManager):
             break
         if damaged and not self.step:
             raise UserError(f"{self.folder} holds no checkpoint that is whole; move it away to start anew")
-        if len({step for (step,) in self._gloo.gather(self.step)}) > 1:
+        if len({step for (step,) in self._gloo.gather_ints(self.step)}) > 1:
             raise UserError(f"the processes found different checkpoints: {self.folder} must lie on a disk they share")
         if self.is_main:
             open_folder(self.folder, self.script, self.config)
@@ -231,7 +231,7 @@ class Run(AbstractContextManager):
             UserError: naming the file; what the steps before have done is saved.
         """
         error = batch if isinstance(batch, UserError) else None
-        if any(bad for (bad,) in self._gloo.gather(int(error is not None))):
+        if any(bad for (bad,) in self._gloo.gather_ints(int(error is not None))):
             told = self._gloo.gather_strings([str(error)] if error else [])
             self._buffers.restore()
             if self._saved_step != self.step:
@@ -310,7 +310,7 @@ class Run(AbstractContextManager):
         """
         self.step += 1
         self._scores, self._evaluation_pending = None, self.step % self._eval_every == 0 or self.step == self.total
-        signals, steps, files = zip(*self._gloo.gather(self._signal, *self._new_skips))
+        signals, steps, files = zip(*self._gloo.gather_ints(self._signal, *self._new_skips))
         self._stopping = max(signals)  # of any process: all must stop after the same step
         self.log.advance(self.step)
         if steps[0] or any(files):
@@ -346,7 +346,7 @@ class Run(AbstractContextManager):
         Args:
             scores: None where the evaluation was cut short by a signal: a continued run makes up for it.
         """
-        self._stopping = max(signal for (signal,) in self._gloo.gather(self._signal))
+        self._stopping = max(signal for (signal,) in self._gloo.gather_ints(self._signal))
         if scores is None:
             return
         self._scores, self._evaluation_pending = scores, False
@@ -386,7 +386,7 @@ class Run(AbstractContextManager):
         if self._best:
             with suppress(UserError):
                 found = checkpoints.read(checkpoints.step_folder(self.folder / "checkpoints", self.best_step))
-        return found if all(there for (there,) in self._gloo.gather(int(found is not None))) else None
+        return found if all(there for (there,) in self._gloo.gather_ints(int(found is not None))) else None
 
     def stop_if_signalled(self) -> None:
         """Between pieces of work after the last step.
@@ -394,13 +394,13 @@ class Run(AbstractContextManager):
         Raises:
             Stopped: any process got a signal.
         """
-        self._stopping = max(signal for (signal,) in self._gloo.gather(self._signal))
+        self._stopping = max(signal for (signal,) in self._gloo.gather_ints(self._signal))
         self._end_if_stopping()
 
     def has_variant(self, kind: str) -> bool:
         """Whether `save_variant` has written this kind; the same answer on all processes."""
         there = checkpoints.step_folder(self.folder / "checkpoints", self.best_step, kind).is_dir()
-        return all(found for (found,) in self._gloo.gather(int(there)))
+        return all(found for (found,) in self._gloo.gather_ints(int(there)))
 
     def save_variant(self, kind: str, network: nn.Module, scores: Scores) -> None:
         """Write weights that were made of the best ones after the last step to `checkpoints/<kind>_<step>`."""
@@ -488,7 +488,7 @@ class Run(AbstractContextManager):
         finite = {name: loss.detach().isfinite().all() for name, loss in losses.items()}
         finite["gradient"] = gradients_are_finite(optimizer)
         finite["running statistics"] = self._buffers.are_finite().to(self.device)
-        found = self._gloo.gather(*torch.stack(list(finite.values())).int().tolist())
+        found = self._gloo.gather_ints(*torch.stack(list(finite.values())).int().tolist())
         return [name for name, fine in zip(finite, zip(*found)) if not all(fine)]
 
     def _count_bad_step(self, wrong: list[str], lr: float) -> None:
