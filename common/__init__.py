@@ -1,3 +1,3 @@
-"""What no paper owns."""
+"""Code shared by all papers."""
 
-IGNORE = 255  # of a label, everywhere inside the project; readers map whatever a dataset stores
+IGNORE = 255  # label of pixels without a class, everywhere in the project; readers map the value that a dataset stores

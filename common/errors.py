@@ -1,4 +1,4 @@
-"""What a user did wrong, told in one or two lines instead of a traceback."""
+"""User errors, reported in one or two lines instead of a traceback."""
 
 import functools
 import os
@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Callable
 
-# What a process without an answer from another one says, in gloo's words and NCCL's.
-LOST = (
+# Parts of the messages of gloo and NCCL when another process has ended or does not answer.
+LOST_PROCESS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -19,13 +19,13 @@ LAUNCHER_SECONDS = 10.0
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message says what is wrong, where, and what to do."""
+    """A mistake that the user can correct. The message states the problem, its place, and the remedy."""
 
 
 def report_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a script's `main`: what a user can mend is told in plain words, and the process ends with a status.
+    """Decorate a script's `main`: print a short message in place of a traceback, and exit with a status.
 
-    2: a `UserError`, or too little memory. 1: another process of the run ended or does not answer.
+    Status 2: a `UserError`, or too little memory. Status 1: another process of the run ended or does not answer.
     """
 
     @functools.wraps(main)
@@ -33,29 +33,30 @@ def report_errors(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            _end(str(error), 2)
+            _exit(str(error), 2)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
-                _end("not enough memory: lower optim.batch_size (or raise optim.accumulation) or data.crop_size", 2)
+                _exit("not enough memory: lower optim.batch_size (or raise optim.accumulation) or data.crop_size", 2)
             several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-            if several and any(words in str(error) for words in LOST):
-                _say(
+            if several and any(words in str(error) for words in LOST_PROCESS):
+                _print_error(
                     f"process {os.environ.get('RANK', 0)}: another process of this run ended or does not answer; "
                     "the same command continues the run from its last checkpoint"
                 )
-                os._exit(1)  # an orderly end would wait for the other process once more
+                os._exit(1)  # a regular exit would wait for the other process once more
             raise
 
     return wrapper
 
 
-def _end(message: str, status: int) -> None:
+def _exit(message: str, status: int) -> None:
     if int(os.environ.get("RANK", 0)) > 0:
-        # Mostly all processes have the same to say. The first says it and ends, on which the launcher ends the rest.
+        # Usually all processes fail with the same message. The first prints it and exits; the launcher then ends the
+        # others while they wait here.
         time.sleep(LAUNCHER_SECONDS)
-    _say(message)
+    _print_error(message)
     sys.exit(status)
 
 
-def _say(message: str) -> None:
+def _print_error(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)

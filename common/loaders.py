@@ -1,8 +1,8 @@
-"""Training batches, step-indexed: which images make up step k, and how each is augmented, follows from the seed alone.
+"""Training batches, indexed by step: the seed alone determines the images of step k and their augmentation.
 
-An endless stream of positions 0, 1, 2, ... runs through shuffled passes over a list of images. Step k of a batch of B
-takes positions k*B to k*B + B - 1; a process takes its share of them. The random numbers of an image follow from its
-position.
+A stream is an endless sequence of positions 0, 1, 2, ... that runs through shuffled passes over a list of images. With
+batches of B images, step k takes positions k*B to k*B + B - 1, and each process takes its share of them. The random
+numbers of an image depend on its position.
 """
 
 import signal
@@ -23,8 +23,8 @@ from common.errors import UserError
 from common.seeding import generator
 from common.splits.split import Split, split_of
 
-# (image uint8 [3,H,W], label uint8 [H,W] or None, random numbers) -> the same two, augmented and cropped; what follows
-# them, if anything, reaches the training step as the batch's `details`
+# (image uint8 [3,H,W], label uint8 [H,W] or None, generator) -> image and label, augmented and cropped, and optional
+# further values, which reach the training step as the batch's `details`
 Transform = Callable[[torch.Tensor, torch.Tensor | None, np.random.Generator], tuple]
 
 
@@ -36,9 +36,9 @@ class Batch:
         image: uint8 [B,3,H,W], not normalized.
         label: int64 [B,H,W], 255 = ignore; None in the unlabeled stream.
         names: Ids of the images.
-        positions: Their positions in the stream: what random numbers of later augmentation are derived from.
-        skipped: What was wrong with images that others stand in for.
-        details: What else the transform says of each image, on the host; nothing for most.
+        positions: Their positions in the stream, from which later augmentation derives its random numbers.
+        skipped: Messages about unreadable images, which others replace in this batch.
+        details: Further values that the transform returned for each image, on the host; empty for most transforms.
     """
 
     image: torch.Tensor
@@ -49,29 +49,30 @@ class Batch:
     details: list[Any] = field(default_factory=list)
 
     def pin_memory(self) -> "Batch":
-        """What a loader calls for a GPU: copies from page-locked memory do not wait."""
+        """Copy to page-locked memory, from which copies to a GPU are asynchronous; called by the loader."""
         label = None if self.label is None else self.label.pin_memory()
         return replace(self, image=self.image.pin_memory(), label=label)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; there, channel planes are made of the decoder's pixels, and int64 of labels."""
+        """Copy to `device`; only there, images become contiguous [B,3,H,W] and labels int64."""
         label = None if self.label is None else self.label.to(device, non_blocking=True).long()
         return replace(self, image=self.image.to(device, non_blocking=True).contiguous(), label=label)
 
 
 class TrainingImages(Dataset):
-    """Images (and labels) of a list, augmented by `transform`, addressed by (index, position).
+    """Augmented images (and labels) of a list, indexed by (index in the list, position in the stream).
 
     Args:
         reader: Reader of the dataset.
         names: Ids of the images.
         transform: Augmentation of one image.
         seed: Seed of the run.
-        stream: `labeled`, `unlabeled`, ...: streams draw independent random numbers.
-        with_label: Whether label files are read; those of unlabeled images never are.
+        stream: Name of the stream, e.g. `labeled`; streams draw independent random numbers.
+        with_label: Read label files; False for unlabeled images, whose labels are never opened.
 
     Raises:
-        UserError: the list is empty, or an image, or a label that will be read, is missing (the first one is named).
+        UserError: the list is empty, or an image, or a label that will be read, is missing (the message names the
+            first one).
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class TrainingImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> "Batch | UserError":
         index, position = key
         bad: list[UserError] = []
-        # Where bad files are skipped, the next image of the list stands in: the same one on any number of processes.
+        # Where bad files are skipped, the next image of the list replaces one: the same for any number of processes.
         for following in range(len(self.names) if self.reader.skip_bad_files else 1):
             name = self.names[(index + following) % len(self.names)]
             try:
@@ -101,7 +102,7 @@ class TrainingImages(Dataset):
             rng = generator(self.seed, self.stream, position)
             image, label, *details = self.transform(image, label, rng)
             return Batch(image, label, [name], [position], tuple(map(str, bad[:1])), details)
-        # Raised here it would reach the user as a worker's traceback; the run raises it in the main process.
+        # Returned, not raised: a worker would print a traceback; the run raises it in the main process.
         return bad[0]
 
 
@@ -110,10 +111,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     Args:
         length: Number of images.
-        batch: Images of this process in one backward pass.
-        processes, rank: How many processes share a pass, and which one this is.
+        batch: Images per process and backward pass.
+        processes, rank: Number of processes, and index of this one.
         first_pass: Backward passes already done (steps times accumulation).
-        seed, stream: What the order of the images follows from.
+        seed, stream: Seed and name of the stream, which determine the order of the images.
     """
 
     def __init__(
@@ -135,17 +136,17 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 class StepBatches:
-    """Iterator over the batches of a stream on `device`, from a given step on.
+    """Iterator over the batches of a stream on the run's device, from the run's step on.
 
     Args:
-        images: The stream's images.
-        run: Gives device, processes, accumulation, workers and the step to begin with.
-        first_step: The first step that takes a batch, where the stream is not needed before.
-        batch_size: Images of this process in one backward pass; by default as many as labeled ones.
-        done: Steps that have taken a batch, where not every one before the run's does.
+        images: Images of the stream.
+        run: The `Run`: device, processes, accumulation, workers and step.
+        first_step: First step that takes a batch, if later than step 0.
+        batch_size: Images per process and backward pass; by default the number of labeled ones.
+        done: Number of earlier steps that took a batch, if not all of them did.
 
     Raises:
-        UserError: on reaching an image that cannot be read.
+        UserError: an image cannot be read; raised when its batch is reached.
     """
 
     def __init__(
@@ -183,14 +184,14 @@ class StepBatches:
 
 
 def open_data(config: Any, accelerator: Accelerator) -> tuple[Reader, Split]:
-    """The reader and the lists of a script's config, checked before training.
+    """Open the dataset and the split of a script's config, and check them before training.
 
     Raises:
-        UserError: no such tree or list, a list that is empty, classes that do not match `model.num_classes`, a missing
-            image or label for validation (the first one is named).
+        UserError: a dataset or list that does not exist, an empty list, classes that do not match `model.num_classes`,
+            a missing image or label for validation (the message names the first one).
     """
     data = config.data
-    with accelerator.main_process_first():  # the built-in data are made by one process
+    with accelerator.main_process_first():  # one process creates the built-in data
         reader = open_reader(data)
         reader.skip_bad_files = data.skip_bad_files
         split = split_of(data, reader)
@@ -202,28 +203,29 @@ def open_data(config: Any, accelerator: Accelerator) -> tuple[Reader, Split]:
     seen = sorted(set(split.valid) & {*split.labeled, *split.unlabeled})
     if seen and not data.allow_overlap:
         raise UserError(
-            f"{data.lists}: {len(seen)} validation images are also trained on, {seen[0]} for one: "
-            "mend the lists, or accept it with data.allow_overlap"
+            f"{data.lists}: {len(seen)} validation images are also trained on, e.g. {seen[0]}: "
+            "correct the lists, or set data.allow_overlap to accept this"
         )
     check_files(reader, split.valid, with_label=True)
     return reader, split
 
 
 def check_files(reader: Reader, names: Sequence[str], with_label: bool) -> None:
-    """Make sure before training that every image, and with `with_label` every label, is there and is a picture.
+    """Check before training that every image, and with `with_label` every label, exists and is a picture.
 
-    Only headers are read. `python -m common.check_data` decodes everything.
+    Reads only headers; `python -m common.check_data` decodes the whole files.
 
     Raises:
-        UserError: naming the first file that is missing or no picture, or both where sizes differ.
+        UserError: a file is missing or not a picture, or an image and its label differ in size; the message names the
+            first one.
     """
-    with ThreadPoolExecutor(16) as pool:  # mostly waiting for a disk
+    with ThreadPoolExecutor(16) as pool:  # they mostly wait for the disk
         for _ in pool.map(lambda name: reader.check_size(name, with_label), names):
             pass
 
 
 def ignore_signals(worker: int) -> None:
-    """Let a loader's worker live through the signals that a whole process group gets: the training process stops it."""
+    """Make a loader's worker ignore signals sent to the whole process group: the training process stops it."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 

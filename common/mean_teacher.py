@@ -1,4 +1,4 @@
-"""The mean teacher: a copy of a network whose parameters follow the student's."""
+"""The mean teacher: a copy of a network whose parameters are a moving average of the student's."""
 
 import copy
 
@@ -8,18 +8,18 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def make_teacher(network: nn.Module) -> nn.Module:
-    """A copy of `network` that takes no gradients. It keeps batch-norm statistics of its own."""
+    """Copy `network` without gradients. The copy keeps its own batch-norm statistics."""
     return copy.deepcopy(network).requires_grad_(False)
 
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """theta_T = decay * theta_T + (1 - decay) * theta_S, for parameters only: buffers are never copied."""
+    """Set theta_T = decay * theta_T + (1 - decay) * theta_S for all parameters; buffers stay as they are."""
     get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)
 
 
 def ema_decay(step: int, alpha: float) -> float:
-    """Decay of the teacher after update number `step` (from 0): min(1 - 1 / (step + 1), alpha).
+    """Decay of the teacher's update number `step` (from 0): min(1 - 1 / (step + 1), alpha).
 
     The first update copies the student; the decay then grows until it reaches `alpha` (Tarvainen & Valpola, 2017).
     """

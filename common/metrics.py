@@ -1,4 +1,4 @@
-"""Confusion matrix and the scores read from it."""
+"""Confusion matrix, and the scores computed from it."""
 
 import math
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of one evaluation, as shares (0 to 1).
+    """Scores of one evaluation, between 0 and 1.
 
-    Args:
+    Attributes:
         per_class_iou: IoU of each class; NaN where the class is neither labeled nor predicted (union 0).
-        miou: Mean over the classes that occur; NaN where none does.
-        classes_counted: How many classes that mean is over.
-        pixel_accuracy: Share of the labeled pixels that are right; NaN without a labeled pixel.
+        miou: Mean IoU over the classes that occur; NaN if there are none.
+        classes_counted: Number of the classes that occur.
+        pixel_accuracy: Share of the labeled pixels that are predicted correctly; NaN without a labeled pixel.
     """
 
     per_class_iou: tuple[float, ...]
@@ -25,7 +25,7 @@ class Scores:
 
     @property
     def miou_without_first(self) -> float:
-        """Mean IoU over the classes that occur but for the first one, which may be the background; NaN for none."""
+        """Mean IoU over the classes that occur, without the first one, often the background; NaN if there are none."""
         return torch.tensor(self.per_class_iou[1:], dtype=torch.float64).nanmean().item()
 
 
@@ -34,7 +34,7 @@ class ConfusionMatrix:
 
     Args:
         num_classes: C.
-        device: Where the counts are kept; `update` takes tensors of that device.
+        device: Device of the counts and of the tensors given to `update`.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
@@ -42,7 +42,7 @@ class ConfusionMatrix:
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Add the pixels of one batch, without waiting for the device.
+        """Add the pixels of one batch, without synchronizing with the device.
 
         Args:
             prediction: Class ids of any integer type and shape, all below C.
@@ -50,15 +50,15 @@ class ConfusionMatrix:
         """
         prediction, label = prediction.flatten().long(), label.flatten().long()
         counted = (label >= 0) & (label < self.num_classes)
-        # Ignored pixels go to one bin more, which is dropped: selecting the others would need their number on the host.
+        # Ignored pixels go to an extra bin, which is dropped: selecting the others would need their number on the host.
         cell = torch.where(counted, label * self.num_classes + prediction, self.num_classes**2)
         counts = self.matrix.new_zeros(self.num_classes**2 + 1)
-        # bincount would ask the device for the largest value, and so wait for it.
+        # Not bincount: it reads the largest value from the device, which synchronizes.
         counts.scatter_add_(0, cell, counted.new_ones(1, dtype=torch.int64).expand_as(cell))
         self.matrix += counts[:-1].view_as(self.matrix)
 
     def scores(self) -> Scores:
-        """Scores of all pixels counted so far."""
+        """Compute the scores of all pixels counted so far."""
         matrix = self.matrix.cpu().double()
         right, labeled = matrix.diagonal(), matrix.sum(1)
         union = labeled + matrix.sum(0) - right

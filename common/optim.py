@@ -1,4 +1,4 @@
-"""The optimizer of a config's `optim` section."""
+"""Optimizer and learning-rate schedules of a config's `optim` section, and ramps of loss weights."""
 
 import math
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from common.config.sections import OptimConfig
 
 
 def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Two groups for `build_optimizer`: weights of convolutions, then norms and biases, which do not decay."""
+    """Split parameters into groups for `build_optimizer`: convolution weights; norms and biases, without decay."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in parameters:
         groups[parameter.dim() > 1].append(parameter)
@@ -19,9 +19,14 @@ def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """One optimizer for everything that is trained; a group may state an `lr` of its own.
+    """Build one optimizer for all trained parameters.
 
-    Every group remembers the rate it starts from as `initial_lr`, which `schedules.set_lr` scales.
+    Args:
+        optim: The config's `optim` section.
+        groups: Parameter groups of `torch.optim`; a group may set its own `lr`.
+
+    Returns:
+        The optimizer; every group keeps its starting rate as `initial_lr`, which `set_lr` scales.
     """
     if optim.name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
@@ -32,7 +37,7 @@ def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.o
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
             nesterov=optim.nesterov and optim.momentum > 0,
-            # Not fused: that form fails where some parameters get their first gradient later than others.
+            # Not fused: that version fails if some parameters get their first gradient later than others.
         )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -40,14 +45,15 @@ def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.o
 
 
 def poly(step: int, total: int, power: float = 0.9, floor: float = 0.0) -> float:
-    """Factor of the polynomial decay (1 - step / total) ** power, never below `floor`."""
+    """Factor of the polynomial decay, (1 - step / total) ** power, but at least `floor`."""
     return max(max(1.0 - step / total, 0.0) ** power, floor)
 
 
 def exponential_ramp(time: float, begin: float, end: float, max_value: float, min_value: float, mult: float) -> float:
-    """Ramp max_value * exp(mult * t ** 2), t = 0..1 between `begin` and `end`; never below `min_value`.
+    """Ramp of a loss weight (PRCL, section "Training").
 
-    0 before `begin` (raised to `min_value`), `min_value` from `end` on (PRCL, section "Training").
+    max_value * exp(mult * t ** 2) with t = 0..1 between `begin` and `end`, but at least `min_value`; 0 before `begin`
+    (or `min_value`, if that is positive); `min_value` from `end` on.
     """
     if time >= end:
         return min_value
@@ -58,6 +64,6 @@ def exponential_ramp(time: float, begin: float, end: float, max_value: float, mi
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float, floor: float = 0.0) -> None:
-    """Set each group's rate to its own first rate times `factor`, never below `floor` (unless it starts there)."""
+    """Set each group's rate to its `initial_lr` times `factor`, but at least `floor` (or `initial_lr`, if lower)."""
     for group in optimizer.param_groups:
         group["lr"] = max(group["initial_lr"] * factor, min(floor, group["initial_lr"]))

@@ -1,4 +1,4 @@
-"""Random numbers as a function of (seed, what for, where in training): not of workers, processes or restarts."""
+"""Random numbers that depend on seed, purpose and position in training, but not on workers, processes or restarts."""
 
 import zlib
 from collections.abc import Iterable
@@ -7,17 +7,17 @@ import numpy as np
 
 
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
-    """A 32-bit seed for `purpose` at `numbers` (step, rank, position, ...)."""
+    """Derive a 32-bit seed for a `purpose`, e.g. "step", and `numbers` (step, rank, position, ...)."""
     return int(_sequence(seed, purpose, numbers).generate_state(1)[0])
 
 
 def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """A NumPy generator of its own for `purpose` at `numbers`."""
+    """Create an independent NumPy generator for a `purpose` and `numbers`."""
     return np.random.default_rng(_sequence(seed, purpose, numbers))
 
 
 def generators(seed: int, purpose: str, positions: Iterable[int]) -> list[np.random.Generator]:
-    """One NumPy generator for each of `positions` in a stream."""
+    """Create one NumPy generator for each of `positions` in a stream."""
     return [generator(seed, purpose, position) for position in positions]
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.engine import checkpoints
-from common.engine.finite import not_finite
+from common.engine.finite import non_finite_tensors
 from common.errors import UserError
 from tests.conftest import FEW, SCRIPTS
 from tests.helpers.hooks import both, scale_gradients, spoil_files, spoil_gradient, stop_in_evaluation
@@ -37,10 +37,11 @@ def held(run: Path, step: int) -> dict:
 def test_a_step_that_is_not_finite_is_named_counted_and_undone(script, tiny, tmp_path):
     output = start(script, tiny(script, *LENGTH), tmp_path / "log", partial(spoil_gradient, 1)).finish()
     run = tmp_path / "run"
-    assert "step 2: gradient not finite, learning rate 0.000" in output and "images 2007_" in output
+    assert "warning: step 2 skipped: non-finite gradient (lr 0.000" in output and "; images 2007_" in output
+    assert "1 consecutive bad step; the run stops at 10." in output
     assert same(held(run, 1), held(run, 2))
     assert not same(held(run, 2), held(run, 3))
-    assert not not_finite(load_file(run / "checkpoints" / "last" / "model.safetensors"))
+    assert not non_finite_tensors(load_file(run / "checkpoints" / "last" / "model.safetensors"))
     lines = metrics(run)
     assert [line["step"] for line in lines if "loss" in line] == [1, 3]
     assert [line for line in lines if "skipped_steps" in line] == [{"step": 2, "skipped_steps": 1, "skipped_files": 0}]
@@ -49,7 +50,7 @@ def test_a_step_that_is_not_finite_is_named_counted_and_undone(script, tiny, tmp
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_by_both(some_script, tiny, tmp_path):
     arguments = tiny(some_script, *LENGTH, *FOUR)
     first, second = start_two(some_script, arguments, tmp_path / "log", (None, partial(spoil_gradient, 1)))
-    assert "step 2: gradient not finite" in first.finish()
+    assert "step 2 skipped: non-finite gradient" in first.finish()
     second.finish()
     assert same(held(tmp_path / "run", 1), held(tmp_path / "run", 2))
 

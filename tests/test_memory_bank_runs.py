@@ -26,7 +26,7 @@ def falling(monkeypatch):
     """Let each evaluation of a run be worse than the one before, but that of statistics taken anew the best."""
 
     def evaluate(network, source, split, run, protocol):
-        is_training = any(network is module for module in run._contents.modules())
+        is_training = any(network is module for module in run.checkpointer.contents.modules())
         return Scores((0.5,) * 7, 1 / (1 + run.step) if is_training else 0.9, 7, 0.5)
 
     monkeypatch.setattr(parts, "evaluate_run", evaluate)

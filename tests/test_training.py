@@ -153,7 +153,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, capsys):
     message = refused(
         "supervised/train.py", tiny("supervised/train.py", "--optim.lr", "1e30", "--run.max_bad_steps", "2"), capsys
     )
-    assert "loss, gradient" in message and "2 bad steps in a row" in message
+    assert "non-finite loss, gradient" in message and "2 consecutive bad steps" in message
 
 
 def refused(script: str, arguments: list[str], capsys) -> str:

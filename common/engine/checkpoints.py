@@ -1,8 +1,8 @@
-"""Checkpoints: folders `step_XXXXXXXX` that are whole or not there.
+"""Checkpoint files: folders `step_XXXXXXXX` that are written atomically and verified when read.
 
-Inside: `model.safetensors` (the evaluated network), and in those a run can continue from `extra.safetensors` (student,
-heads, banks), `state.pt` (optimizer and counters: tensors and plain values, loaded with `weights_only=True`);
-`meta.json` (step, epoch, scores, size and checksum of every file). `last` and `best` are relative links to them.
+A folder contains `model.safetensors` (the evaluated network) and `meta.json` (step, epoch, scores, size and checksum of
+every file). A resumable one also contains `extra.safetensors` (student, heads, banks) and `state.pt` (optimizer and
+counters: tensors and plain values, loaded with `weights_only=True`). `last` and `best` are relative links to folders.
 """
 
 import hashlib
@@ -28,7 +28,15 @@ RESUME_FILES = ("extra.safetensors", "state.pt")
 
 @dataclass
 class Checkpoint:
-    """What one folder holds. `extra` maps a part's name to its state dict."""
+    """Content of a resumable checkpoint.
+
+    Attributes:
+        path: Its folder.
+        meta: Content of `meta.json`.
+        model: State dict of the evaluated network.
+        extra: State dicts of the other modules by name.
+        state: Content of `state.pt`.
+    """
 
     path: Path
     meta: dict[str, Any]
@@ -37,13 +45,13 @@ class Checkpoint:
     state: dict[str, Any]
 
 
-def step_folder(root: Path, step: int, kind: str = "step") -> Path:
-    """Folder of the checkpoint after `step` optimizer steps; other kinds hold weights made of that one's."""
-    return root / f"{kind}_{step:08d}"
+def step_folder(root: Path, step: int, prefix: str = "step") -> Path:
+    """Path of the checkpoint after `step` optimizer steps; with another prefix, of weights derived from it."""
+    return root / f"{prefix}_{step:08d}"
 
 
 def list_steps(root: Path) -> list[int]:
-    """Steps of all checkpoints under `root`, weights-only ones included, ascending."""
+    """List the steps of all checkpoints under `root`, weights-only ones included, in ascending order."""
     if not root.is_dir():
         return []
     found = (STEP_FOLDER.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
@@ -56,17 +64,27 @@ def write(
     model: Mapping[str, torch.Tensor],
     extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     state: dict[str, Any] | None = None,
-    kind: str = "step",
+    prefix: str = "step",
 ) -> Path:
-    """Write a checkpoint under a temporary name, sync it and rename it to `<kind>_<meta["step"]>`.
+    """Write a checkpoint under a temporary name, sync it and rename it to `<prefix>_<meta["step"]>`.
 
-    Without `state` no run can continue from it; without `extra`, too, it holds the evaluated network alone.
-    An existing folder of that step is replaced.
+    Replaces an existing folder of that name.
+
+    Args:
+        root: The run's `checkpoints` folder.
+        meta: Entries of `meta.json`; `step` is required.
+        model: State dict of the evaluated network.
+        extra: State dicts of other modules by name.
+        state: Content of `state.pt`; without it, the checkpoint is not resumable.
+        prefix: First part of the folder's name.
+
+    Returns:
+        The folder.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; nothing is left behind.
+        OSError: the disk is full or the folder cannot be written; no partial files are left.
     """
-    final = step_folder(root, meta["step"], kind)
+    final = step_folder(root, meta["step"], prefix)
     temporary, replaced = root / f".writing_{final.name}", root / f".replaced_{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -85,7 +103,7 @@ def write(
         temporary.rename(final)
         sync_file(root)
     except (SafetensorError, RuntimeError) as error:
-        # How the two writers report a full disk.
+        # Both writers report a full disk this way.
         raise OSError(str(error).splitlines()[0]) from error
     finally:
         restore(root)
@@ -95,27 +113,32 @@ def write(
 
 
 def restore(root: Path) -> None:
-    """Give a checkpoint back its name that was about to be replaced when a kill, or a full disk, came in between."""
+    """Rename a checkpoint back that a kill, or a full disk, interrupted while it was being replaced."""
     for replaced in root.glob(".replaced_*"):
         final = root / replaced.name.removeprefix(".replaced_")
         if not final.exists():
             replaced.rename(final)
 
 
-def point(root: Path, name: str, step: int, kind: str = "step") -> None:
-    """Let the link `name` (`last`, `best`) point to the checkpoint of `step`, in one move."""
+def point(root: Path, name: str, step: int, prefix: str = "step") -> None:
+    """Point the link `name` (`last`, `best`) to the checkpoint of `step`, atomically."""
     temporary = root / f".link_{name}"
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(step_folder(root, step, kind).name)
+    temporary.symlink_to(step_folder(root, step, prefix).name)
     temporary.replace(root / name)
     sync_file(root)
 
 
 def prune(root: Path, keep: int, is_snapshot: Callable[[int], bool]) -> None:
-    """Delete all but the `keep` newest resumable checkpoints and those linked to.
+    """Delete resumable checkpoints, except the `keep` newest and those that `last` and `best` point to.
 
-    Of those that are snapshots, by their step, the weights stay. A link to weights of another kind is one to the
-    checkpoint they were made of.
+    A snapshot loses its resume files and keeps its weights. A link to derived weights (another prefix) counts as a
+    link to the checkpoint of the same step.
+
+    Args:
+        root: The run's `checkpoints` folder.
+        keep: Number of resumable checkpoints to keep.
+        is_snapshot: Decides by its step whether a checkpoint is a snapshot.
     """
     linked = {f"step_{(root / name).resolve().name.rsplit('_', 1)[-1]}" for name in ("last", "best")}
     resumable = [step for step in list_steps(root) if (step_folder(root, step) / "state.pt").exists()]
@@ -124,18 +147,18 @@ def prune(root: Path, keep: int, is_snapshot: Callable[[int], bool]) -> None:
         if folder.name in linked:
             continue
         if is_snapshot(step):
-            # meta.json still names the files that go: `read` asks for them only when a run continues.
+            # meta.json still lists the deleted files: only `read`, which is for resuming, requires them.
             for name in RESUME_FILES:
                 (folder / name).unlink(missing_ok=True)
         else:
-            # Renamed first: killed in the middle, this must not leave a folder that looks like a checkpoint.
+            # Renamed first, so that a kill during deletion does not leave a folder that looks like a checkpoint.
             pruned = root / f".pruned_{folder.name}"
             folder.rename(pruned)
             shutil.rmtree(pruned)
 
 
 def clean(root: Path) -> None:
-    """Remove what a kill in the middle of writing or pruning left behind."""
+    """Delete temporary files left by a kill during writing or pruning."""
     for pattern in (".writing_*", ".replaced_*", ".pruned_*", ".link_*"):
         for leftover in root.glob(pattern):
             if leftover.is_dir() and not leftover.is_symlink():
@@ -145,7 +168,7 @@ def clean(root: Path) -> None:
 
 
 def newest(root: Path) -> Iterator[Checkpoint | str]:
-    """Checkpoints a run can continue from, newest first; in place of a broken one a line saying what is wrong."""
+    """Read resumable checkpoints, newest first; yields an error message in place of a damaged one."""
     for step in reversed(list_steps(root)):
         folder = step_folder(root, step)
         if (folder / "meta.json").exists() and not _resume_files_listed(folder):
@@ -157,7 +180,7 @@ def newest(root: Path) -> Iterator[Checkpoint | str]:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Load a checkpoint a run can continue from, after checking the size and checksum of every file.
+    """Read a resumable checkpoint after verifying the size and checksum of every file.
 
     Raises:
         UserError: a file is missing, truncated or changed, or would execute code.
@@ -168,7 +191,7 @@ def read(folder: Path) -> Checkpoint:
         if not path.exists():
             raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
         if _fingerprint(path) != expected:
-            raise UserError(f"checkpoint {folder} is damaged: {name} is not what was written")
+            raise UserError(f"checkpoint {folder} is damaged: {name} has changed since it was written")
     try:
         extra, model = (load_file(folder / f"{name}.safetensors") for name in ("extra", "model"))
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
@@ -176,28 +199,28 @@ def read(folder: Path) -> Checkpoint:
         raise UserError(f"checkpoint {folder} is damaged: {str(error).splitlines()[0]}") from None
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"reading it would execute {code[1]}" if code else "it is no file of torch.save"
-        raise UserError(f"checkpoint {folder} is refused: state.pt holds more than tensors, {what}") from None
+        what = f"reading it would execute {code[1]}" if code else "it was not written by torch.save"
+        raise UserError(f"checkpoint {folder} is refused: state.pt contains more than tensors, {what}") from None
     return Checkpoint(folder, meta, model, _split(extra), state)
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The `meta.json` of a checkpoint.
+    """Read the `meta.json` of a checkpoint.
 
     Raises:
-        UserError: there is none, or it is not whole.
+        UserError: it is missing or incomplete.
     """
     try:
         meta = json.loads((folder / "meta.json").read_text())
         meta["step"], meta["files"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder} is not a whole checkpoint: its meta.json is missing or damaged") from None
+        raise UserError(f"checkpoint {folder} is incomplete: its meta.json is missing or damaged") from None
     return meta
 
 
 def _resume_files_listed(folder: Path) -> bool:
     try:
-        # A snapshot has lost both; one that is missing alone was not pruned.
+        # Pruning deletes both files of a snapshot; if only one is missing, the checkpoint is damaged.
         return "state.pt" in read_meta(folder)["files"] and any((folder / name).exists() for name in RESUME_FILES)
     except UserError:
         return True  # damaged: `newest` reports it

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other on the side: over the CPU, since asking on the GPU would wait for it."""
+"""A gloo (CPU) side channel between processes; a collective on the GPU would synchronize with it."""
 
 from datetime import timedelta
 
@@ -7,10 +7,10 @@ from torch import distributed
 
 
 class GlooGroup:
-    """A channel of small numbers and words between all processes; with one process it answers at once.
+    """Gathers small integers and strings from all processes of a run, also from a single one.
 
     Args:
-        processes: How many processes the run has.
+        processes: Number of processes of the run.
         timeout: Seconds after which a process that does not answer ends the run.
     """
 
@@ -21,18 +21,18 @@ class GlooGroup:
         )
 
     def gather_ints(self, *numbers: int) -> list[list[int]]:
-        """The numbers of every process, a list a process, in the order of ranks."""
+        """Gather the numbers of every process: one list per process, in rank order."""
         if self._group is None:
             return [list(numbers)]
         found = [torch.empty(len(numbers), dtype=torch.int64) for _ in range(self._processes)]
         distributed.all_gather(found, torch.tensor(numbers), group=self._group)
         return [tensor.tolist() for tensor in found]
 
-    def gather_strings(self, words: list[str]) -> list[str]:
-        """The words of all processes, each once, in the order of ranks. Slow: for what seldom happens."""
+    def gather_strings(self, strings: list[str]) -> list[str]:
+        """Gather the strings of all processes, de-duplicated, in rank order. Slow; for rare events."""
         found: list[list[str]] = [[] for _ in range(self._processes)]
         if self._group is None:
-            found = [words]
+            found = [strings]
         else:
-            distributed.all_gather_object(found, words, group=self._group)
-        return list(dict.fromkeys(word for part in found for word in part))
+            distributed.all_gather_object(found, strings, group=self._group)
+        return list(dict.fromkeys(string for part in found for string in part))

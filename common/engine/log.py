@@ -1,37 +1,44 @@
-"""What a run tells: `metrics.jsonl`, progress in the terminal (plain lines elsewhere), and Accelerate's trackers."""
+"""Logging: `metrics.jsonl`, terminal progress (plain lines without a tty) and trackers."""
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from common.metrics import Scores
+
 
 class RunLog:
-    """Writes and prints for the main process; on the others it does nothing.
+    """Log of a run. The main process writes and prints; on the others, these methods do nothing.
 
     Args:
-        path: The `metrics.jsonl`.
-        active: Whether this process writes.
+        path: Path of `metrics.jsonl`.
+        accelerator: The run's Accelerator.
     """
 
-    def __init__(self, path: Path, active: bool) -> None:
-        self._path, self._active = path, active
-        self._console = Console(quiet=not active, soft_wrap=True, highlight=False)
+    def __init__(self, path: Path, accelerator: Accelerator) -> None:
+        self._path, self._accelerator, self._is_main = path, accelerator, accelerator.is_main_process
+        self._console = Console(quiet=not self._is_main, soft_wrap=True, highlight=False)
         self._progress: Progress | None = None
-        self._said: set[str] = set()
-        self._clock = (time.perf_counter(), 0)
+        self._printed: set[str] = set()
+        self._last_line = (time.perf_counter(), 0)  # time and step at the last training line
 
     def truncate_after(self, step: int, scored: bool) -> None:
-        """Drop what a killed run wrote after its checkpoint of `step`, and a torn last line.
+        """Drop the lines that a killed run wrote after its checkpoint of `step`, and an incomplete last line.
 
         Args:
-            step: The last step that counts.
-            scored: Whether its evaluation counts, too.
+            step: Last step to keep.
+            scored: Keep the scores of that step, too.
         """
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
@@ -39,11 +46,16 @@ class RunLog:
             kept = [line for line in kept if _step(line) < step or '"valid/' not in line]
         replace_file(self._path, "".join(line + "\n" for line in kept))
 
+    def start_trackers(self, project: str, config: Mapping[str, Any]) -> None:
+        """Start the trackers of `run.trackers`, if any; every process must call it."""
+        if self._accelerator.log_with:
+            self._accelerator.init_trackers(project, config={key: str(value) for key, value in config.items()})
+
     def start(self, step: int, total: int) -> None:
-        """Begin to show progress from `step` on."""
+        """Show progress, from `step` of `total` on."""
         self._total = total
-        self._clock = self._begin = (time.perf_counter(), step)
-        if self._active and self._console.is_terminal:
+        self._last_line = self._first_line = (time.perf_counter(), step)
+        if self._is_main and self._console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
             times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
             self._progress = Progress(*columns, *times, console=self._console)
@@ -55,31 +67,45 @@ class RunLog:
         if self._progress:
             self._progress.update(self._task, completed=step)
 
-    def log_step(self, step: int, numbers: dict[str, float], images_per_step: int) -> dict[str, float]:
-        """Write a training line, and show it. Returns it with `images_per_second` added."""
+    def log_step(self, step: int, values: Mapping[str, Any], images_per_step: int) -> dict[str, float]:
+        """Write, track and show a training line; every process must call it.
+
+        Args:
+            step: Steps done.
+            values: Numbers or 0-d tensors by name, averaged over processes here.
+            images_per_step: Images of one step over all processes.
+
+        Returns:
+            The numbers of the line, with `images_per_second` added and values that are not finite left out.
+        """
         now = time.perf_counter()
-        then, done = self._clock
-        self._clock = (now, step)
-        seconds = (now - then) / max(step - done, 1)
-        numbers = numbers | {"images_per_second": round(images_per_step / seconds, 2)}
-        self.write({"step": step} | numbers)
+        numbers = self._average(values) | {"images_per_second": self._speed(now, step, images_per_step)}
+        self._last_line = (now, step)
+        self._write_and_track(step, numbers)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._progress:
             self._progress.update(self._task, description=shown)
         else:
-            # Over the whole time since the start, evaluations included: a slow moment must not shake it.
-            begun, first = self._begin
-            left = timedelta(seconds=round((now - begun) / max(step - first, 1) * (self._total - step)))
+            # Averaged over the whole time since the start, evaluations included, so that a slow moment hardly shows.
+            started, first = self._first_line
+            left = timedelta(seconds=round((now - started) / max(step - first, 1) * (self._total - step)))
             self.print(f"step {step}/{self._total}  {shown}  left {left}")
         return numbers
 
+    def log_scores(self, step: int, scores: Scores, is_best: bool) -> None:
+        """Write, track and show the scores of an evaluation."""
+        names = ("miou", "pixel_accuracy", "classes_counted")
+        self._write_and_track(step, {f"valid/{name}": getattr(scores, name) for name in names})
+        mark = ", the best so far" if is_best else ""
+        self.print(f"step {step}: mIoU {100 * scores.miou:.2f} over {scores.classes_counted} classes{mark}")
+
     def restart_clock(self, step: int) -> None:
-        """Do not count what came since the last line (an evaluation) as training time."""
-        self._clock = (time.perf_counter(), step)
+        """Exclude the time since the last line (an evaluation) from the training speed."""
+        self._last_line = (time.perf_counter(), step)
 
     def write(self, line: dict[str, float]) -> None:
         """Append a line to `metrics.jsonl`."""
-        if not self._active:
+        if not self._is_main:
             return
         try:
             with self._path.open("a") as file:
@@ -89,7 +115,7 @@ class RunLog:
             self.print(f"warning: {self._path} could not be written ({error.strerror}); going on")
 
     def sync(self) -> None:
-        """Bring `metrics.jsonl` to the disk: it must not be older than a checkpoint."""
+        """Flush `metrics.jsonl` to the disk: it must not be older than a checkpoint."""
         if self._path.exists():
             sync_file(self._path)
 
@@ -99,20 +125,36 @@ class RunLog:
         sys.stdout.flush()
 
     def print_once(self, text: str) -> None:
-        """Print a line, but not the same one again."""
-        if text not in self._said:
-            self._said.add(text)
+        """Print a line unless the same line was printed by this method before."""
+        if text not in self._printed:
+            self._printed.add(text)
             self.print(text)
 
     def stop(self) -> None:
-        """End the progress display; it may be called twice."""
+        """End the progress display; safe to call twice."""
         if self._progress:
             self._progress.stop()
             self._progress = None
 
+    def _average(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """Average over processes. Leaves out NaN and infinity, which JSON does not have; the losses are finite."""
+        device = self._accelerator.device
+        scalars = [torch.as_tensor(value, dtype=torch.float32, device=device) for value in values.values()]
+        means = self._accelerator.reduce(torch.stack(scalars).detach(), "mean").tolist()
+        return {name: mean for name, mean in zip(values, means) if math.isfinite(mean)}
+
+    def _speed(self, now: float, step: int, images_per_step: int) -> float:
+        then, done = self._last_line
+        return round(images_per_step / ((now - then) / max(step - done, 1)), 2)
+
+    def _write_and_track(self, step: int, numbers: dict[str, float]) -> None:
+        self.write({"step": step} | numbers)
+        if self._accelerator.log_with:
+            self._accelerator.log(numbers, step=step)
+
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a restart, sees the old one or the new one, never half."""
+    """Write a file atomically: a reader, or a restart, sees the old content or the new one."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text)
     sync_file(temporary)
@@ -120,7 +162,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk."""
+    """fsync a file or directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

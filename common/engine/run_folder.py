@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what lies in it."""
+"""Create a run folder, and refuse to resume it with another script or config."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from common.engine import checkpoints
 from common.engine.log import replace_file
 from common.errors import UserError
 
-# What may differ when a run is continued: it changes weights and scores by no more than the order of sums.
+# Keys that may differ when a run is resumed: they change weights and scores by rounding errors at most.
 FREE_KEYS = (
     "run.dir",
     "run.keep",
@@ -20,47 +20,51 @@ FREE_KEYS = (
     "run.deterministic",
     "run.timeout",
     "data.workers",
-    # What a run that stopped because of them is continued with.
+    # A run that stopped because of these is resumed with other values.
     "run.max_bad_steps",
     "data.skip_bad_files",
 )
 
 
 def check_folder(folder: Path, script: str, config: Any) -> None:
-    """Make sure, before anything is written, that `folder` can be written and is of this script and config, or of none.
+    """Check, before anything is written, that a run of this script and config may use the folder.
 
     Raises:
-        UserError: it is not; where configs differ, the keys and both values are named.
+        UserError: the folder cannot be written, is damaged, or belongs to a run of another script or config; the
+            message names the keys that differ, with both values.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise UserError(f"run folder {folder} cannot be written: {existing} is not a writable folder; set run.dir")
     if not (folder / "config.json").exists():
         if checkpoints.list_steps(folder / "checkpoints"):
-            raise UserError(f"{folder} holds checkpoints of a run without its config.json; give another run.dir")
+            raise UserError(f"{folder} contains checkpoints but no config.json; set another run.dir")
         return
     try:
         owner = json.loads((folder / "run.json").read_text())["script"]
         old = flatten(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder} is not a whole run folder; move it away or give another run.dir") from None
+        raise UserError(
+            f"{folder} is not a complete run folder: run.json or config.json is missing or damaged; "
+            "move it away or set another run.dir"
+        ) from None
     if owner != script:
-        raise UserError(f"{folder} is a run of {owner}; give another run.dir")
+        raise UserError(f"{folder} is a run of {owner}; set another run.dir")
     new = flatten(to_dict(config))
     differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     changes = [f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differ if key not in FREE_KEYS]
     if changes:
         raise UserError(
             f"{folder} was started with another config: {', '.join(changes)}.\n"
-            "Give another run.dir, or the old values to continue it."
+            "Set another run.dir, or use the old values to continue that run."
         )
 
 
 def open_folder(folder: Path, script: str, config: Any) -> None:
-    """Make the folder and write whose it is.
+    """Create the folder, with the script's name in `run.json` and the config in `config.json`.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the folder cannot be written.
     """
     try:
         for name in ("checkpoints", "pictures", "eval"):

@@ -36,7 +36,7 @@ def record(folder: Path) -> None:
     def finish(run: Run, *kind: str) -> None:
         end = {
             f"{number}.{name}": tensor.clone()
-            for number, module in enumerate(run._contents.modules())
+            for number, module in enumerate(run.checkpointer.contents.modules())
             for name, tensor in module.state_dict().items()
         }
         torch.save(seen | {"end": end}, folder / f"{run.processes}_{run.rank}.pt")

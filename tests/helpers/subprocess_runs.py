@@ -14,8 +14,9 @@ from pathlib import Path
 
 from tests.conftest import SCRIPTS, module_of
 
-SAVING = ("common/engine/checkpoints.py",)
-STEP = ("common/engine/run.py", "common/engine/finite.py", "common/evaluation/evaluate.py", *SCRIPTS)
+SAVING = ("common/engine/checkpoints.py", "common/engine/checkpointer.py")
+ENGINE = tuple(f"common/engine/{name}.py" for name in ("run", "optimizer_step", "finite", "progress"))
+STEP = (*ENGINE, "common/evaluation/evaluate.py", *SCRIPTS)
 SECONDS = 120
 
 _context = get_context("forkserver")
