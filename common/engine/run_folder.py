@@ -11,6 +11,7 @@ from common.engine import checkpoints
 from common.engine.log import replace_file
 from common.errors import UserError
 
+RUN_FILE = "run.json"
 # What may differ when a run is continued: it changes weights and scores by no more than the order of sums.
 FREE_KEYS = (
     "run.dir",
@@ -40,7 +41,7 @@ def check_folder(folder: Path, script: str, config: Any) -> None:
             raise UserError(f"{folder} holds checkpoints of a run without its config.json; give another run.dir")
         return
     try:
-        owner = json.loads((folder / "run.json").read_text())["script"]
+        owner = json.loads((folder / RUN_FILE).read_text())["script"]
         old = flatten(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder} is not a whole run folder; move it away or give another run.dir") from None
@@ -65,7 +66,23 @@ def open_folder(folder: Path, script: str, config: Any) -> None:
     try:
         for name in ("checkpoints", "pictures", "eval"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "run.json", json.dumps({"script": script}) + "\n")
+        update_run_file(folder, {"script": script})
         replace_file(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"run folder {folder} cannot be written: {error.strerror}; set run.dir") from None
+
+
+def update_run_file(folder: Path, fields: dict[str, Any]) -> None:
+    """Set fields of `run.json` (script, class names, colors, protocol) and keep its other fields.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = folder / RUN_FILE
+    try:
+        present = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        present = {}
+    text = json.dumps(present | fields)
+    if text != json.dumps(present):
+        replace_file(path, text + "\n")
