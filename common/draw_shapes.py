@@ -10,7 +10,7 @@ from common.errors import report_errors
 @report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the built-in data.")
-    parser.add_argument("root", type=Path, help="folder of the tree; what is there already stays as it is")
+    parser.add_argument("root", type=Path, help="folder of the dataset; existing files stay unchanged")
     parser.add_argument("--layout", choices=sorted(WRITERS), default="voc")
     parser.add_argument("--domain", choices=sorted(LOOKS), default="a")
     parser.add_argument("--seed", type=int, default=0)

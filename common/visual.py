@@ -1,4 +1,4 @@
-"""Pictures: labels in color, panels of samples, learning curves."""
+"""Pictures: labels in color, panels of samples, training curves."""
 
 import json
 import math
@@ -14,10 +14,10 @@ from torch import Tensor
 from common import IGNORE
 from common.errors import UserError
 
-IGNORE_COLOUR = (255, 255, 255)
+IGNORE_COLOR = (255, 255, 255)
 PAGE, INK, FAINT = (240, 240, 243), (30, 30, 35), (115, 115, 125)
-TILE = 256  # width of a picture in a panel, pixels
-LIGHT, DARK = (230, 230, 232), (45, 45, 50)  # of bool maps
+TILE = 256  # width of a picture in a panel, in pixels
+LIGHT, DARK = (230, 230, 232), (45, 45, 50)  # True and False of bool maps
 MARGIN, GAP, SWATCH = 20, 8, 14
 # Dark blue over teal to yellow: lightness rises with confidence, also in print and for the color-blind.
 CONFIDENCE_STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -25,17 +25,17 @@ CONFIDENCE_STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and what is known of it; tensors on the CPU.
+    """One image with its label and predictions; tensors on the CPU.
 
     Args:
-        name: Its id.
+        name: Id of the image.
         image: uint8 [3,H,W].
         prediction: Class ids [H,W].
         label: Class ids [H,W], 255 = ignore; None for an unlabeled image.
         confidence: [H,W] in [0,1].
         pseudo_label: Class ids [H,W], 255 = ignore.
-        maps: What else a paper shows, by the name over its column: class ids [H,W], 255 = ignore; or bool [H,W], of
-            which True is shown light.
+        maps: Further maps of a paper, by column title: class ids [H,W], 255 = ignore; or bool [H,W], where True is
+            light.
     """
 
     name: str
@@ -48,30 +48,31 @@ class Sample:
 
 
 def colorize(label: Tensor | np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Class ids [H,W] as colors uint8 [H,W,3]; 255 (ignore) is white.
+    """Map class ids [H,W] to colors uint8 [H,W,3]; 255 (ignore) is white.
 
     Args:
+        label: Class ids [H,W].
         palette: uint8 [256,3].
     """
     return _with_ignore(palette)[np.asarray(label).astype(np.uint8)]
 
 
 def save_label(label: Tensor | np.ndarray, palette: np.ndarray, path: Path) -> None:
-    """Write class ids [H,W] as a PNG that holds the ids and shows the colors."""
+    """Write class ids [H,W] as a palette PNG: pixel values are ids, shown in the colors uint8 [256,3]."""
     picture = Image.fromarray(np.asarray(label).astype(np.uint8)).convert("P")
     picture.putpalette(_with_ignore(palette).tobytes())
     picture.save(path)
 
 
 def save_ids(label: Tensor | np.ndarray, path: Path) -> None:
-    """Write class ids [H,W] as a gray PNG, a pixel's value the id."""
+    """Write class ids [H,W] as a gray PNG whose pixel values are the ids."""
     Image.fromarray(np.asarray(label).astype(np.uint8)).save(path)
 
 
 def overlay(image: Tensor, label: Tensor | np.ndarray, palette: np.ndarray, opacity: float = 0.55) -> Image.Image:
-    """An image uint8 [3,H,W] under the colors of class ids [H,W]; where classes meet, the border is white.
+    """Blend an image uint8 [3,H,W] with the colors of class ids [H,W]; borders between classes are white.
 
-    A black class (VOC's background) leaves the image as it is.
+    A black class (VOC's background) leaves the image unchanged.
     """
     colors, ids = colorize(label, palette), np.asarray(label)
     shares = opacity * colors.any(-1, keepdims=True)
@@ -84,32 +85,32 @@ def overlay(image: Tensor, label: Tensor | np.ndarray, palette: np.ndarray, opac
 
 
 def side_by_side(pictures: Sequence[np.ndarray], gap: int = 15) -> Image.Image:
-    """Pictures uint8 [H,W,3] of one height in a row, black between them."""
+    """Join pictures uint8 [H,W,3] of one height in a row, with `gap` black pixels between them."""
     black = np.zeros((pictures[0].shape[0], gap, 3), np.uint8)
     row = [part for picture in pictures for part in (picture, black)][:-1]
     return Image.fromarray(np.concatenate(row, axis=1))
 
 
 def compare(sample: Sample, palette: np.ndarray) -> Image.Image:
-    """Image, prediction and label of a sample side by side; ignored pixels are white in the last two."""
+    """Show image, prediction and label of a sample side by side; ignored pixels are white in the last two."""
     prediction = colorize(sample.prediction, palette)
     pictures = [_image(sample.image), prediction]
     if sample.label is not None:
-        prediction[np.asarray(sample.label) == IGNORE] = IGNORE_COLOUR
+        prediction[np.asarray(sample.label) == IGNORE] = IGNORE_COLOR
         pictures.append(colorize(sample.label, palette))
     return side_by_side(pictures)
 
 
 def panel(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str], title: str) -> Image.Image:
-    """Samples in rows: image, label, prediction and, where any sample has them, pseudo-label, confidence and maps.
+    """Draw samples in rows: image, label, prediction and, if any sample has them, pseudo-label, confidence and maps.
 
-    What a sample lacks stays blank. Below stands a legend of the classes that occur.
+    The tile of a map that a sample lacks stays blank. A legend below the rows names the classes that occur.
 
     Args:
         samples: At least one.
         palette: uint8 [256,3].
         classes: Names, by class id.
-        title: First line, the step and the scores say.
+        title: First line, e.g. run and step.
     """
     columns = ["image", "label", "prediction"]
     columns += [name for name in ("pseudo_label", "confidence") if any(getattr(s, name) is not None for s in samples)]
@@ -147,9 +148,10 @@ def panel(samples: Sequence[Sample], palette: np.ndarray, classes: Sequence[str]
 def class_entries(
     maps: Sequence[Tensor | np.ndarray], palette: np.ndarray, classes: Sequence[str]
 ) -> list[tuple[str, tuple]]:
-    """Names and colors of the classes that occur in maps of class ids; bool maps have none.
+    """List names and colors of the classes that occur in maps of class ids; bool maps are skipped.
 
     Args:
+        maps: Class ids [H,W], or bool [H,W].
         palette: uint8 [256,3].
         classes: Names, by class id.
     """
@@ -160,7 +162,7 @@ def class_entries(
 
 
 def legend(entries: Sequence[tuple[str, tuple]], width: int) -> Image.Image:
-    """Swatches with the names of their colors, in lines of at most `width` pixels."""
+    """Draw a swatch and a name per entry (name, RGB), in lines of at most `width` pixels."""
     font = ImageFont.load_default(14)
     places, height = _flow(entries, font, width)
     strip = Image.new("RGB", (width, height + 2 * GAP), PAGE)
@@ -176,10 +178,10 @@ def curve(metrics_file: Path, out: Path) -> None:
 
     Args:
         metrics_file: The run's `metrics.jsonl`.
-        out: Picture to write. Without matplotlib one line says how to get it, and nothing is written.
+        out: Picture to write. Without matplotlib nothing is written, and one line names the package to install.
 
     Raises:
-        UserError: no such log.
+        UserError: the log cannot be read.
     """
     lines = _read_lines(metrics_file)
     figure = _figure()
@@ -199,7 +201,7 @@ def curve(metrics_file: Path, out: Path) -> None:
 def score_curve(numbers: Sequence[float], miou: Sequence[float], unit: str, out: Path) -> None:
     """Draw the mIoU (a share; NaN is left out) of evaluated checkpoints against their epoch or step (`unit`).
 
-    Without matplotlib one line says how to get it, and nothing is written.
+    Without matplotlib nothing is written, and one line names the package to install.
     """
     figure = _figure()
     if figure is None:
@@ -241,8 +243,8 @@ def _read_lines(metrics_file: Path) -> list[dict]:
     try:
         text = metrics_file.read_text()
     except OSError as error:
-        raise UserError(f"no curve: {metrics_file} cannot be read ({error.strerror})") from None
-    # A run that is writing now may have a last line that is not whole.
+        raise UserError(f"no curve drawn: {metrics_file} cannot be read ({error.strerror})") from None
+    # While a run is writing, the last line may be incomplete.
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
@@ -252,7 +254,7 @@ def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
 
 
 def _with_ignore(palette: np.ndarray) -> np.ndarray:
-    return np.concatenate([palette[:IGNORE], np.array([IGNORE_COLOUR], np.uint8)])
+    return np.concatenate([palette[:IGNORE], np.array([IGNORE_COLOR], np.uint8)])
 
 
 def _image(image: Tensor) -> np.ndarray:
@@ -274,14 +276,14 @@ def _tile(sample: Sample, column: str, palette: np.ndarray, size: tuple[int, int
 
 
 def _confidence_colors(confidence: np.ndarray) -> np.ndarray:
-    """[...] in [0,1] to uint8 [...,3]."""
+    """Map confidence [...] in [0,1] to colors uint8 [...,3]."""
     stops = np.linspace(0, 1, len(CONFIDENCE_STOPS))
     channels = [np.interp(confidence, stops, channel) for channel in zip(*CONFIDENCE_STOPS)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def _confidence_key(page: Image.Image, draw: ImageDraw.ImageDraw, left: int, y: int, font) -> None:
-    """A bar of the confidence colors from 0 to 1 below their column."""
+    """Draw a bar of the confidence colors from 0 to 1 below their column."""
     bar = _confidence_colors(np.tile(np.linspace(0, 1, TILE - 40), (8, 1)))
     page.paste(Image.fromarray(bar), (left + 20, y))
     draw.text((left + 10, y + 4), "0", FAINT, font, anchor="mm")
@@ -289,7 +291,7 @@ def _confidence_key(page: Image.Image, draw: ImageDraw.ImageDraw, left: int, y: 
 
 
 def _flow(entries: Sequence[tuple[str, tuple]], font, width: int) -> tuple[list[tuple[int, int]], int]:
-    """Where each legend entry goes, line by line like text, and the height of all lines."""
+    """Place legend entries line by line, like text. Returns their corners (x, y) and the height of all lines."""
     places, x, y = [], 0, 0
     for name, _ in entries:
         length = SWATCH + 6 + round(font.getlength(name)) + 18

@@ -127,7 +127,7 @@ def test_one_epoch(trained, shapes_root, tmp_path):
     output = evaluated(tmp_path, str(trained), "-e", "2", "-s")
     content = scores(trained, "step_00000006")
     assert (content["epoch"], content["step"]) == (2, 6)
-    for words in ("mean over", "mean without background", "pixel accuracy", "sliding window 32x32 stride 22x22"):
+    for words in ("mIoU (", "mIoU without background", "pixel accuracy", "sliding window 32x32 stride 22x22"):
         assert words in output
     without = np.nanmean([np.nan if iou is None else iou for iou in list(content["per_class_iou"].values())[1:]])
     assert content["miou_without_background"] == pytest.approx(without)
@@ -202,5 +202,5 @@ def test_either_network_or_both(trained, tmp_path):
     for network in ("1", "2", "both"):
         evaluated(tmp_path, str(trained), "-e", "last", "--network", network)
     output = evaluated(tmp_path, str(trained), "-e", "2-5", "--network", "both")
-    assert output.count("note: left out") == 2 and "holds no second network" in output
+    assert output.count("note: skipped a checkpoint") == 2 and "holds no second network" in output
     assert "no second network" in evaluated(tmp_path, str(trained), "-e", "2", "--network", "2", status=2)

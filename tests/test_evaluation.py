@@ -1,4 +1,4 @@
-"""Scores against a loop over images, on one and two processes; checkpoints and devices of the command line."""
+"""Evaluation: scores against a loop over images, on one and two processes; checkpoint and device selection."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ from common.errors import UserError
 from common.evaluation.cli import main_eval
 from common.evaluation.evaluate import evaluate, sample_predictions
 from common.evaluation.inference import Protocol, predict
-from common.evaluation.selection import find_run, find_targets
+from common.evaluation.selection import find_checkpoints, find_run
 from common.models import build_network
 
 SIZES = {"a": (20, 30), "b": (24, 18), "c": (20, 30), "d": (20, 30), "e": (24, 18)}
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass
 class Config:
-    """What an evaluation reads of a paper's config."""
+    """Sections of a paper's config that an evaluation reads."""
 
     data: DataConfig
     model: ModelConfig
@@ -133,7 +133,7 @@ def test_evaluation_leaves_network_and_random_numbers_alone(data):
     assert torch.equal(network.layers[1].running_mean, before[1]) and network.layers[2].training
 
 
-def test_a_damaged_file_is_told_in_words_from_a_worker(data, tmp_path):
+def test_a_damaged_file_read_by_a_worker_is_a_user_error(data, tmp_path):
     (tmp_path / "images").mkdir(), (tmp_path / "labels").mkdir()
     (tmp_path / "classes.txt").write_text("road\nsky\ncar\n")
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
@@ -167,20 +167,20 @@ def test_numbers_are_zero_based_epochs(tmp_path, which, epochs):
     run = fake_run(tmp_path, [70, 90, 110, 330, 340])
     (run / "checkpoints" / "notes.txt").touch()
     (run / "checkpoints" / "best_model-3.bak").mkdir()
-    targets, _ = find_targets(run, which, by_epoch=True)
-    assert [target.epoch for target in targets] == epochs
-    assert [target.step for target in targets] == [10 * (epoch + 1) for epoch in epochs]
+    found, _ = find_checkpoints(run, which, by_epoch=True)
+    assert [checkpoint.epoch for checkpoint in found] == epochs
+    assert [checkpoint.step for checkpoint in found] == [10 * (epoch + 1) for epoch in epochs]
 
 
 @pytest.mark.parametrize(("which", "steps"), [("step:70", [70]), ("step:80-", [90, 110]), ("step:0-95", [70, 90])])
 def test_step_forces_steps(tmp_path, which, steps):
-    targets, _ = find_targets(fake_run(tmp_path, [70, 90, 110]), which, by_epoch=True)
-    assert [target.step for target in targets] == steps
+    found, _ = find_checkpoints(fake_run(tmp_path, [70, 90, 110]), which, by_epoch=True)
+    assert [checkpoint.step for checkpoint in found] == steps
 
 
 def test_numbers_are_steps_where_epochs_do_not_count(tmp_path):
-    targets, notes = find_targets(fake_run(tmp_path, [70, 90], per_epoch=None), "60-90", by_epoch=False)
-    assert [target.which for target in targets] == ["step_00000070", "step_00000090"]
+    found, notes = find_checkpoints(fake_run(tmp_path, [70, 90], per_epoch=None), "60-90", by_epoch=False)
+    assert [checkpoint.name for checkpoint in found] == ["step_00000070", "step_00000090"]
     assert notes == ["there is no checkpoint of step 60"]
 
 
@@ -197,24 +197,24 @@ def test_numbers_are_steps_where_epochs_do_not_count(tmp_path):
         ("best", "has no best checkpoint"),
     ],
 )
-def test_what_is_not_there_is_told(tmp_path, which, words):
+def test_a_selection_without_checkpoints_is_an_error(tmp_path, which, words):
     with pytest.raises(UserError, match=words):
-        find_targets(fake_run(tmp_path, [70, 90]), which, by_epoch=True)
+        find_checkpoints(fake_run(tmp_path, [70, 90]), which, by_epoch=True)
 
 
-def test_a_damaged_checkpoint_in_a_range_is_left_out_and_told(tmp_path):
+def test_a_damaged_checkpoint_in_a_range_is_skipped_with_a_note(tmp_path):
     run = fake_run(tmp_path, [70, 90])
     (run / "checkpoints" / "step_00000070" / "meta.json").write_text("{")
-    targets, notes = find_targets(run, "0-", by_epoch=True)
-    assert [target.step for target in targets] == [90]
+    found, notes = find_checkpoints(run, "0-", by_epoch=True)
+    assert [checkpoint.step for checkpoint in found] == [90]
     assert "step_00000070" in notes[0]
 
 
 def test_default_is_best_else_last(run, tmp_path):
-    assert find_targets(run, None, by_epoch=True)[0][0].step == 20
+    assert find_checkpoints(run, None, by_epoch=True)[0][0].step == 20
     other = fake_run(tmp_path, [10])
     checkpoints.point(other / "checkpoints", "last", 10)
-    assert find_targets(other, None, by_epoch=True)[0][0].which == "last"
+    assert find_checkpoints(other, None, by_epoch=True)[0][0].name == "last"
 
 
 def test_newest_run_is_found_below_the_paper(tmp_path, monkeypatch):
@@ -246,7 +246,7 @@ def test_devices(text, devices):
 
 
 @pytest.mark.parametrize(("text", "count"), [("4", 4), ("0-4", 4), ("2-1", 4), ("gpu", 4), ("", 4), ("0", 0), ("*", 0)])
-def test_devices_that_are_not_there(text, count):
+def test_missing_devices_are_refused(text, count):
     with pytest.raises(UserError):
         parse_devices(text, count)
 
@@ -289,14 +289,14 @@ def test_command_line_prints_and_writes_scores_and_pictures(run, data, capsys):
         assert list(written["per_class_iou"]) == ["road", "sky", "car"]
         assert f"{100 * written['miou']:.2f}" in output
     assert "whole image, scale 1, no flip" in output
-    assert f"mean over {written['classes_counted']} of 3 classes" in output
+    assert f"mIoU ({written['classes_counted']} of 3 classes)" in output
     assert "there is no checkpoint of epoch 0" in output
     pictures = run / "eval" / "pictures" / "step_00000040"
     assert sorted(path.stem for path in (pictures / "prediction").iterdir()) == sorted(SIZES)
     assert Image.open(pictures / "side_by_side" / "b.png").size == (3 * 18 + 30, 24)
 
 
-def test_a_checkpoint_that_is_pruned_meanwhile_is_left_out_of_a_range(run, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_is_pruned_meanwhile_is_skipped(run, tmp_path, monkeypatch, capsys):
     shutil.copytree(run, tmp_path / "run", symlinks=True)
     checkpoints.write(tmp_path / "run" / "checkpoints", {"step": 30, "epoch": 3.0}, weights(run, 20))
 
@@ -306,7 +306,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile_is_left_out_of_a_range(run, tmp_p
 
     monkeypatch.setattr("common.evaluation.cli.evaluate", evaluate_and_prune)
     main_eval("toy", Config, [str(tmp_path / "run"), "-e", "0-9", "-d", "cpu"])
-    assert "note: left out" in capsys.readouterr().out
+    assert "note: skipped a checkpoint" in capsys.readouterr().out
     content = json.loads((tmp_path / "run" / "eval" / "0-9.json").read_text())
     assert [line["step"] for line in content["checkpoints"]] == [20, 40]
     assert content["best_step"] in (20, 40)
@@ -338,7 +338,7 @@ def test_another_config_gives_other_data(run, data, tmp_path, capsys):
     assert json.loads((run / "eval" / "last.json").read_text())["data_config"] == str(tmp_path / "other.json")
 
 
-def told_error(capsys, *arguments: str) -> str:
+def error_of(capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as ended:
         main_eval("toy", Config, [*arguments, "-d", "cpu"])
     assert ended.value.code == 2
@@ -352,14 +352,14 @@ def test_files_that_do_not_fit_are_refused_by_name(run, tmp_path, capsys):
     torch.save(Toy().state_dict(), tmp_path / "other.pt")
     (tmp_path / "weights.txt").touch()
     for name in ("torn.safetensors", "pickled.pth", "other.pt", "weights.txt"):
-        error = told_error(capsys, str(run), "-e", str(tmp_path / name))
+        error = error_of(capsys, str(run), "-e", str(tmp_path / name))
         assert name in error and len(error.splitlines()) <= 2, error
 
 
 def test_another_number_of_classes_is_refused(run, data, tmp_path, capsys):
     (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
     write_config(tmp_path / "config.json", data, num_classes=7)
-    assert "7 classes" in told_error(capsys, str(tmp_path))
+    assert "7 classes" in error_of(capsys, str(tmp_path))
 
 
 TWO_PROCESSES = """
@@ -368,7 +368,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 from common.config import DataConfig, ModelConfig, RunConfig, load_config
 from common.datasets import open_reader
-from common.evaluation import evaluate
+from common.evaluation.evaluate import evaluate
 from common.evaluation.cli import main_eval
 from common.models import build_network
 from common.models.weights import read_state
@@ -410,9 +410,9 @@ def test_two_processes_count_every_image_once(run, data, tmp_path):
     expected = [
         evaluate(network, reader, names, 3, Accelerator(cpu=True), batch_size=1, workers=0) for names in ("abcde", "a")
     ]
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert sorted(name for _, opened, _ in told for name in opened) == sorted("abcde" + "a")
-    for processes, opened, iou in told:
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert sorted(name for _, opened, _ in results for name in opened) == sorted("abcde" + "a")
+    for processes, opened, iou in results:
         assert processes == 2 and len(opened) < 5
         for got, scores in zip(iou, expected):
             assert np.array_equal(got, scores.per_class_iou, equal_nan=True)

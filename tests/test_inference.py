@@ -14,7 +14,7 @@ from common.images import normalize
 
 
 class Toy(nn.Module):
-    """A convolution at half the resolution, with a batch norm whose mode shows."""
+    """A convolution and a batch norm, whose mode changes the output."""
 
     align_corners = True
 
@@ -165,13 +165,13 @@ def test_protocol_in_words(protocol, text):
 
 
 @pytest.mark.parametrize("bad", [{"scales": ()}, {"scales": (0.0,)}, {"scales": (math.nan,)}, {"crop": (0, 8)}])
-def test_impossible_protocols_are_refused(bad):
+def test_invalid_protocols_are_refused(bad):
     with pytest.raises(UserError):
         Protocol(**bad)
 
 
 def test_confidence_does_not_grow_with_the_number_of_passes():
-    # The same logits everywhere: windows, scales and flips add nothing to what one pass knows.
+    # Logits are the same everywhere, so windows, scales and flips must not change the probability.
     class Constant(nn.Module):
         align_corners = True
 

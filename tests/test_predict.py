@@ -1,7 +1,7 @@
-"""Pictures of any images from a run folder, and the network as one file."""
+"""Prediction of images from a run folder, and export of the network."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common.config.sections import DataConfig, ModelConfig
+from common.config.sections import DataConfig, ModelConfig, RunConfig
 from common.datasets.reader import read_picture, voc_palette
 from common.engine import checkpoints
+from common.engine.run_folder import check_folder, open_folder
 from common.errors import UserError
-from common.evaluation.export import SMALLEST, Deployed, export_network
+from common.evaluation.export import MIN_SIDE, Deployed, export_network
 from common.evaluation.inference import Protocol, predict
 from common.evaluation.metainfo import MetaInfo, default_metainfo, read_metainfo, write_metainfo
 from common.models import build_network
@@ -24,7 +25,14 @@ MODEL = ModelConfig(3, "resnet18", channels=8, pretrained=False)
 SIZES = {"a": (40, 52), "sub/b": (40, 52), "c": (3, 70), "gray": (33, 20)}
 
 
-USAGE = MetaInfo(("road", "sky", "car"), voc_palette(), Protocol(multiple=8))
+@dataclass
+class SimpleConfig:
+    """Config of a run without a paper."""
+
+    run: RunConfig
+
+
+METAINFO = MetaInfo(("road", "sky", "car"), voc_palette(), Protocol(multiple=8))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,7 @@ def run(tmp_path_factory) -> Path:
         nn.init.normal_(network.classifier[-1].weight)
         checkpoints.write(folder / "checkpoints", {"step": step, "epoch": None}, network.state_dict())
     checkpoints.point(folder / "checkpoints", "last", 4)
-    write_metainfo(folder, USAGE)
+    write_metainfo(folder, METAINFO)
     return folder
 
 
@@ -100,9 +108,9 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(run, images, tmp_path,
     (folder / "torn.png").write_bytes((images / "a.png").read_bytes()[:900])
     with pytest.raises(SystemExit) as ended:
         call(run, folder, "--out", folder / "out")
-    told = capsys.readouterr()
-    assert ended.value.code == 2 and "2 of 3 images could not be read" in told.err
-    assert "no_picture.png" in told.out and "torn.png" in told.out
+    output = capsys.readouterr()
+    assert ended.value.code == 2 and "2 of 3 images could not be read" in output.err
+    assert "no_picture.png" in output.out and "torn.png" in output.out
     assert [path.name for path in (folder / "out" / "mask").iterdir()] == ["good.png"]
     (folder / "no_picture.png").unlink(), (folder / "torn.png").unlink()
     call(run, folder, "--out", folder / "out")  # what was written is not taken for images
@@ -115,34 +123,57 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(run, images, tmp_path,
         (["{run}"], "give either images"),
         (["{run}", "{images}"], "--out FOLDER is missing"),
         (["{run}/none", "{images}", "--out", "{out}"], "does not exist"),
-        (["{images}", "{images}", "--out", "{out}"], "no run folder"),
+        (["{images}", "{images}", "--out", "{out}"], "is not a run folder"),
         (["{run}", "{images}/sub/none.png", "--out", "{out}"], "no such file or folder"),
         (["{run}", "{run}/checkpoints", "--out", "{out}"], "no images in"),
-        (["{run}", "{images}", "--out", "{out}", "-e", "0-"], "2 checkpoints; give one"),
+        (["{run}", "{images}", "--out", "{out}", "-e", "0-"], "selects 2 checkpoints; give one"),
         (["{run}", "{images}", "--out", "{images}/a.png"], "pictures cannot be written"),
         (["{run}", "--export", "{out}/network.onnx"], "must end in .pt2"),
         (["{run}", "--export", "{out}/network.pt2", "--sliding", "32"], "add --whole"),
         (["{run}", "--export", "{out}/network.pt2", "--scales", "0.5"], "leave --scales away"),
     ],
 )
-def test_what_cannot_be_done_is_told(run, images, tmp_path, capsys, arguments, words):
+def test_wrong_arguments_are_refused_in_two_lines(run, images, tmp_path, capsys, arguments, words):
     with pytest.raises(SystemExit) as ended:
         call(*(text.format(run=run, images=images, out=tmp_path) for text in arguments))
     error = capsys.readouterr().err
     assert ended.value.code == 2 and words in error and len(error.splitlines()) <= 2, error
 
 
-def test_usage_is_read_as_it_was_written(run, tmp_path):
+def test_metainfo_is_read_as_it_was_written(run, tmp_path):
     metainfo = read_metainfo(run, 3)
-    assert (metainfo.classes, metainfo.protocol) == (USAGE.classes, USAGE.protocol)
-    write_metainfo(tmp_path, replace(USAGE, protocol=Protocol((32, 48), (0.5, 1.0), True)))
+    assert (metainfo.classes, metainfo.protocol) == (METAINFO.classes, METAINFO.protocol)
+    write_metainfo(tmp_path, replace(METAINFO, protocol=Protocol((32, 48), (0.5, 1.0), True)))
     assert read_metainfo(tmp_path, 3).protocol == Protocol((32, 48), (0.5, 1.0), True)
     assert read_metainfo(tmp_path / "none", 3) is None
     with pytest.raises(UserError, match=r"names 3 classes, but the network of .* has 5"):
         read_metainfo(tmp_path, 5)
-    (tmp_path / "usage.json").write_text('{"classes": []}')
+    (tmp_path / "run.json").write_text('{"classes": []}')
     with pytest.raises(UserError, match="damaged"):
         read_metainfo(tmp_path, 3)
+
+
+def test_metainfo_and_script_share_run_json(tmp_path):
+    config = SimpleConfig(RunConfig(steps=4))
+    for _ in range(2):  # a new run, and the same run continued
+        open_folder(tmp_path, "toy/train.py", config)
+        write_metainfo(tmp_path, METAINFO)
+        open_folder(tmp_path, "toy/train.py", config)
+    check_folder(tmp_path, "toy/train.py", config)
+    assert read_metainfo(tmp_path, 3).classes == METAINFO.classes
+    with pytest.raises(UserError, match=r"is a run of toy/train\.py"):
+        check_folder(tmp_path, "toy/other.py", config)
+
+
+@pytest.mark.parametrize("key", ["colors", "colours"])
+def test_metainfo_of_earlier_versions_is_read_from_usage_json(tmp_path, key):
+    (tmp_path / "run.json").write_text('{"script": "toy/train.py"}')
+    protocol = {"crop": [32, 48], "scales": [1.0], "flip": False, "multiple": 1, "reduce": 1}
+    content = {"classes": ["road", "sky"], key: [[1, 2, 3], [4, 5, 6]], "protocol": protocol}
+    (tmp_path / "usage.json").write_text(json.dumps(content))
+    metainfo = read_metainfo(tmp_path, 2)
+    assert metainfo.classes == ("road", "sky") and metainfo.protocol == Protocol((32, 48))
+    assert metainfo.palette[:2].tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 class Toy(nn.Module):
@@ -163,10 +194,10 @@ def test_exported_programs_take_any_size(tmp_path, protocol):
     network = Toy().eval()
     metainfo = default_metainfo(3)
     export_network(network, MetaInfo(metainfo.classes, metainfo.palette, protocol), tmp_path / "toy.pt2")
-    extra = {"usage.json": ""}
+    extra = {"metainfo.json": ""}
     program = torch.export.load(tmp_path / "toy.pt2", extra_files=extra).module()
-    assert json.loads(extra["usage.json"])["classes"] == list(metainfo.classes)
-    for size in ((3, 3, SMALLEST, SMALLEST), (1, 3, 99, 121), (1, 3, 160, 88), (2, 3, 81, 240)):
+    assert json.loads(extra["metainfo.json"])["classes"] == list(metainfo.classes)
+    for size in ((3, 3, MIN_SIDE, MIN_SIDE), (1, 3, 99, 121), (1, 3, 160, 88), (2, 3, 81, 240)):
         image = torch.randint(0, 256, size, dtype=torch.uint8)
         torch.testing.assert_close(program(image), Deployed(network, protocol)(image), rtol=0, atol=1e-5)
 

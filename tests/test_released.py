@@ -123,7 +123,7 @@ def test_written_as_ours_and_used_without_the_original(name, tmp_path, capsys):
     networks = write_theirs(name, file)
     evaluate(paper, "-e", file, "--convert", run)
     told = capsys.readouterr().out
-    assert f"note: no --config: {paper}/configs/" in told and "not used of" in told
+    assert f"note: no --config given; using {paper}/configs/" in told and "unused in" in told
     assert all(head.split(".")[-3] in told for head in THEIRS[name].heads)
     file.unlink()
     written = read_state(run / "checkpoints" / "last" / "model.safetensors")
@@ -150,7 +150,7 @@ def test_evaluated_as_it_is(name, shapes_root, tmp_path, monkeypatch, capsys):
     config = small_config(name, shapes_root, tmp_path / "small.json")
     paper = THEIRS[name].paper
     evaluate(paper, "-e", tmp_path / "theirs.pth", "--config", config, "-d", "cpu")
-    assert "not used of" in capsys.readouterr().out
+    assert "unused in" in capsys.readouterr().out
     (scores,) = tmp_path.glob(f"runs/{paper}/*/eval/*.json")
     # The same by way of a run of ours.
     evaluate(paper, "-e", tmp_path / "theirs.pth", "--config", config, "--convert", tmp_path / "ours")
@@ -193,6 +193,6 @@ def test_classifiers_that_are_never_reached_are_named(tmp_path):
     theirs = Theirs("memory_bank", {}, MEMORY_BANK, None)
     state = published(theirs, [network]) | {f"{prefix}weight": torch.zeros(1) for prefix in UNREACHED}
     torch.save({"model": state, "iteration": 9}, tmp_path / "theirs.pth")
-    assert RELEASE.left_out(tmp_path / "theirs.pth") == (
-        "iteration, 1 weights layer5.conv2d_list.2.*, 1 weights layer5.conv2d_list.3.*"
+    assert RELEASE.unused(tmp_path / "theirs.pth") == (
+        "iteration, layer5.conv2d_list.2.* (1 weights), layer5.conv2d_list.3.* (1 weights)"
     )

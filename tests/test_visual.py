@@ -1,4 +1,4 @@
-"""Pictures: what is drawn, and what is left blank."""
+"""Pictures: colors, panels with blank tiles, curves."""
 
 import json
 import sys
@@ -56,7 +56,7 @@ def test_compare_hides_predictions_on_ignored_pixels():
     assert np.asarray(compare(sample(label=None), PALETTE)).shape == (20, 75, 3)
 
 
-def test_panel_shows_what_is_true_light_and_leaves_it_out_of_the_legend():
+def test_panel_shows_bool_maps_light_and_dark_without_a_legend_entry():
     agreed = torch.zeros(20, 30, dtype=torch.bool)
     agreed[:, :15] = True
     with_map, without = (panel([sample(maps=maps)], PALETTE, CLASSES, "t") for maps in ({"agreement": agreed}, {}))
@@ -107,7 +107,7 @@ def test_curve_is_drawn_from_a_log_that_is_being_written(tmp_path):
     assert Image.open(tmp_path / "curve.png").width > 500
 
 
-def test_curve_without_matplotlib_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_curve_without_matplotlib_prints_the_package_and_continues(tmp_path, monkeypatch, capsys):
     write_log(tmp_path / "metrics.jsonl")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
@@ -115,7 +115,7 @@ def test_curve_without_matplotlib_says_so_and_goes_on(tmp_path, monkeypatch, cap
     assert not (tmp_path / "curve.png").exists()
 
 
-def test_curve_of_no_log_is_an_error_in_words(tmp_path):
+def test_curve_of_a_missing_log_is_a_user_error(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match="cannot be read"):
         curve(tmp_path / "none.jsonl", tmp_path / "curve.png")

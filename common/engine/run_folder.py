@@ -11,6 +11,7 @@ from common.engine import checkpoints
 from common.engine.log import replace_file
 from common.errors import UserError
 
+RUN_FILE = "run.json"
 # Keys that may differ when a run is resumed: they change weights and scores by rounding errors at most.
 FREE_KEYS = (
     "run.dir",
@@ -41,7 +42,7 @@ def check_folder(folder: Path, script: str, config: Any) -> None:
             raise UserError(f"{folder} contains checkpoints but no config.json; set another run.dir")
         return
     try:
-        owner = json.loads((folder / "run.json").read_text())["script"]
+        owner = json.loads((folder / RUN_FILE).read_text())["script"]
         old = flatten(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, KeyError):
         raise UserError(
@@ -69,7 +70,23 @@ def open_folder(folder: Path, script: str, config: Any) -> None:
     try:
         for name in ("checkpoints", "pictures", "eval"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        replace_file(folder / "run.json", json.dumps({"script": script}) + "\n")
+        update_run_file(folder, {"script": script})
         replace_file(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"run folder {folder} cannot be written: {error.strerror}; set run.dir") from None
+
+
+def update_run_file(folder: Path, fields: dict[str, Any]) -> None:
+    """Set fields of `run.json` (script, class names, colors, protocol) and keep its other fields.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = folder / RUN_FILE
+    try:
+        present = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        present = {}
+    text = json.dumps(present | fields)
+    if text != json.dumps(present):
+        replace_file(path, text + "\n")

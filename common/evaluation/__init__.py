@@ -1,1 +1,1 @@
-"""Evaluate trained networks, and everything that uses one after training."""
+"""Evaluation, prediction and export of trained networks."""

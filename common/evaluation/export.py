@@ -1,4 +1,4 @@
-"""A trained network, with what is done to an image before it and after it, as one file that needs no code of ours."""
+"""Export of a trained network with its pre- and post-processing to one file that needs only PyTorch."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,18 @@ from common.errors import UserError
 from common.evaluation.inference import Protocol, predict
 from common.evaluation.metainfo import MetaInfo
 
-SMALLEST = 80  # side of an image that the exported network takes
-EXAMPLE, OTHER = (2, 3, 99, 125), (1, 3, 120, 80)
+EXTRA_FILE = "metainfo.json"  # inside the exported file
+MIN_SIDE = 80  # of an image that the exported network takes, in pixels
+TRACED_SIZE, CHECKED_SIZE = (2, 3, 99, 125), (1, 3, 120, 80)
+MAX_DIFFERENCE = 1e-4  # between probabilities of the exported and the trained network
 
 
 class Deployed(nn.Module):
-    """From an image as it was decoded to probabilities: normalized, put through the network, enlarged, softmax.
+    """A network from decoded image to probability: normalization, forward, up-sampling, softmax.
 
     Args:
-        network: One that `build_network` made.
-        protocol: Whether to flip, to pad and to work at a fraction of the size; no window and no scales.
+        network: A network that `build_network` made.
+        protocol: Protocol without a window and with one scale; flip, padding and reduction are possible.
     """
 
     def __init__(self, network: nn.Module, protocol: Protocol) -> None:
@@ -27,22 +29,23 @@ class Deployed(nn.Module):
         self.network, self.protocol = network, protocol
 
     def forward(self, image: Tensor) -> Tensor:
-        """uint8 [B,3,H,W], RGB -> probability [B,C,H,W]."""
+        """Predict images uint8 [B,3,H,W], RGB, as probability [B,C,H,W]."""
         return predict(self.network, image, image.shape[-2:], self.protocol)
 
 
 def export_network(network: nn.Module, metainfo: MetaInfo, path: Path) -> None:
-    """Write `network` as a `torch.export` program for batches and images of any size, with its classes and protocol.
+    """Write a network as a `torch.export` program for any batch and image size, with its metadata.
 
-    Before it is written it is compared with the network on a random batch of another size than it was traced with.
+    Before it is written, the program is compared with the network on a random batch of another size than the traced
+    one. Classes, colors and the description of the protocol go into the extra file `metainfo.json`.
 
     Args:
         network: On the CPU, in evaluation mode.
-        metainfo: Protocol, classes and colors; the last two go into the file's `usage.json`.
+        metainfo: Metadata of the network; its protocol is the exported one.
         path: `*.pt2`.
 
     Raises:
-        UserError: another ending, a protocol with a window or scales, a program that differs from the network, a file
+        UserError: another suffix, a protocol with a window or scales, a program that differs from the network, a file
             that cannot be written.
     """
     if path.suffix != ".pt2":
@@ -51,26 +54,36 @@ def export_network(network: nn.Module, metainfo: MetaInfo, path: Path) -> None:
         raise UserError("a sliding window is a loop around the network and cannot be exported: add --whole")
     if metainfo.protocol.scales != (1.0,):
         raise UserError("the exported network works at one scale: leave --scales away")
-    deployed = Deployed(network, metainfo.protocol)
-    sizes = {0: torch.export.Dim("batch"), **{2 + i: torch.export.Dim(n, min=SMALLEST) for i, n in enumerate("hw")}}
-    image = _random(OTHER)
-    with torch.no_grad():
-        want = deployed(image)  # first, since what it keeps for later must not come from the tracing
-        # What tracing cannot prove of all sizes (that logits are smaller than the image, say) is asked when it is run.
-        program = torch.export.export(
-            deployed, (_random(EXAMPLE),), dynamic_shapes=(sizes,), prefer_deferred_runtime_asserts_over_guards=True
-        )
-        error = (program.module()(image) - want).abs().max().item()
-    if not error < 1e-4:
-        raise UserError(f"the exported network is not the trained one: probabilities differ by up to {error:.2g}")
-    colors = metainfo.palette[: len(metainfo.classes)].tolist()
-    told = {"classes": metainfo.classes, "colors": colors, "protocol": metainfo.protocol.describe()}
+    program = _traced(Deployed(network, metainfo.protocol))
+    content = metainfo.to_dict() | {"protocol": metainfo.protocol.describe()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.export.save(program, path, extra_files={"usage.json": json.dumps(told)})
+        torch.export.save(program, path, extra_files={EXTRA_FILE: json.dumps(content)})
     except (OSError, RuntimeError) as error:
         raise UserError(f"{path} cannot be written: {error}") from None
 
 
-def _random(size: tuple[int, ...]) -> Tensor:
+@torch.no_grad()
+def _traced(network: Deployed) -> torch.export.ExportedProgram:
+    """Trace the network and compare the program with it. Raises UserError where they differ."""
+    sides = {2 + index: torch.export.Dim(name, min=MIN_SIDE) for index, name in enumerate("hw")}
+    image = _random_image(CHECKED_SIZE)
+    expected = network(image)  # before tracing: tensors that the network caches must not come from the tracing
+    # Conditions that tracing cannot prove for all sizes (e.g. logits smaller than the image) are checked at run time.
+    program = torch.export.export(
+        network,
+        (_random_image(TRACED_SIZE),),
+        dynamic_shapes=({0: torch.export.Dim("batch"), **sides},),
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    difference = (program.module()(image) - expected).abs().max().item()
+    if not difference < MAX_DIFFERENCE:
+        raise UserError(
+            f"the exported network is not the trained one: probabilities differ by up to {difference:.2g}, more than "
+            f"{MAX_DIFFERENCE:g}; nothing was written. Use another PyTorch version"
+        )
+    return program
+
+
+def _random_image(size: tuple[int, ...]) -> Tensor:
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

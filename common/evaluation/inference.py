@@ -1,4 +1,4 @@
-"""From images to class probabilities: whole image or sliding window, several scales, flip.
+"""Inference from images to class probabilities: whole image or sliding window, several scales, flip.
 
 Logits, not probabilities, are summed over windows, scales and flips, as CPS and CPCL evaluate (CPCL section 5).
 """
@@ -20,14 +20,15 @@ WINDOWS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a network is applied to an image; printed with every number.
+    """Inference protocol, printed with every score.
 
     Args:
         crop: Height and width of the sliding window, in pixels of the scaled image; None for the whole image at once.
         scales: Factors the image is resized by before the network sees it.
         flip: Also predict the mirrored image.
-        multiple: A whole image is reflected at its bottom and right until its sides are multiples of so many pixels.
-        reduce: Images are made so many times smaller first, as those the network was trained on.
+        multiple: Number of pixels of which the sides of a whole image become multiples, by reflecting it at its bottom
+            and right.
+        reduce: Factor by which images are made smaller first, as in training.
 
     Raises:
         UserError: a scale or a side of the window is not above 0.
@@ -46,7 +47,7 @@ class Protocol:
             raise UserError(f"the sliding window is {self.crop}; both sides must be above 0")
 
     def describe(self) -> str:
-        """One line, for instance `sliding window 512x512 stride 342x342, scales 0.5 1, flip`."""
+        """Describe the protocol in one line, e.g. `sliding window 512x512 stride 342x342, scales 0.5 1, flip`."""
         area = "whole image" + (f" padded to multiples of {self.multiple}" if self.multiple > 1 else "")
         if self.crop is not None:
             strides = [_stride(side) for side in self.crop]
@@ -60,7 +61,7 @@ class MeanOfNetworks(nn.Module):
     """Several networks as one: the mean of their logits.
 
     Args:
-        networks: Alike, at least one.
+        networks: At least one network; all have the same architecture.
     """
 
     def __init__(self, networks: list[nn.Module]) -> None:
@@ -74,11 +75,11 @@ class MeanOfNetworks(nn.Module):
 
 
 def predict(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: Protocol = Protocol()) -> Tensor:
-    """Class probabilities of a batch of images.
+    """Predict the class probabilities of a batch of images.
 
     Args:
-        network: Maps a normalized image [B,3,H,W] to logits [B,C,h,w]; `network.align_corners` says how those are
-            up-sampled. It runs in evaluation mode and is left as it was.
+        network: Maps a normalized image [B,3,H,W] to logits [B,C,h,w], which are up-sampled with
+            `network.align_corners`. It runs in evaluation mode and is left as it was.
         image: [B,3,H,W] uint8, or float in [0,1].
         size: Height and width of the result, that of the label.
         protocol: Window, scales and flip.
@@ -94,15 +95,15 @@ def predict(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: 
 def sum_logits(
     network: nn.Module, image: Tensor, size: tuple[int, int], protocol: Protocol = Protocol()
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the logits over windows, scales and flips: its argmax is the prediction. Arguments as `predict`.
+    """Sum the logits over windows, scales and flips; the argmax is the prediction. Arguments as for `predict`.
 
     Returns:
-        The sum [B,C,*size], and the number of passes that went into each pixel [*size] (fractions where window
-        borders were resized). Sums are not divided by the overlap of windows before scales are added.
+        The sum [B,C,*size], and the number of passes in each pixel's sum [*size] (fractions where window borders were
+        resized). Sums are not divided by the overlap of windows before scales are added.
     """
     accumulate = _whole if protocol.crop is None else _slide
     if protocol.reduce > 1:
-        # In float: torchvision's resize of uint8 rounds twice, and chooses by the sides, which an export cannot.
+        # In float: torchvision's resize of uint8 rounds twice, and branches on the sides, which cannot be exported.
         image = image / 255 if image.dtype == torch.uint8 else image
         reduced = [side // protocol.reduce for side in image.shape[-2:]]
         image = F.interpolate(image, reduced, mode="bilinear", antialias=True)
@@ -114,7 +115,7 @@ def sum_logits(
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards every submodule is as it was (frozen batch norms too)."""
+    """Set evaluation mode within the block, and restore the mode of every submodule (frozen batch norms too)."""
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:
@@ -131,7 +132,7 @@ def _whole(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: P
     else:
         height, width = image.shape[-2:]
         margins = (0, -width % protocol.multiple, 0, -height % protocol.multiple)
-        # A side shorter than its margin has nothing to mirror.
+        # A side that is not longer than its margin cannot be reflected.
         mode = "reflect" if margins[1] < width and margins[3] < height else "replicate"
         padded = F.pad(image, margins, mode=mode)
         logits = _forward(network, padded, padded.shape[-2:], protocol.flip)
@@ -170,7 +171,7 @@ def _slide(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: P
 
 
 def _forward(network: nn.Module, image: Tensor, size: tuple[int, int], flip: bool) -> Tensor:
-    """Logits of normalized images at `size`; with `flip` the sum with those of the mirrored images."""
+    """Compute logits of normalized images at `size`; with `flip`, add those of the mirrored images."""
     logits = _resized(network(image), size, network.align_corners)
     if flip:
         logits = logits + _resized(network(image.flip(-1)), size, network.align_corners).flip(-1)
@@ -178,16 +179,16 @@ def _forward(network: nn.Module, image: Tensor, size: tuple[int, int], flip: boo
 
 
 def _scaled(image: Tensor, scale: float) -> Tensor:
-    """Image resized by a factor, to the nearest whole size; uint8 is rounded back to uint8.
+    """Resize an image by a factor, to the nearest whole size; uint8 is rounded back to uint8.
 
-    Pixels are sampled at exactly the factor, as OpenCV does and the released evaluations with it. `interpolate` does
-    so too but rounds the size down: one repeated border pixel (more below half size) lets it reach the whole size.
+    Pixels are sampled at exactly the factor, as OpenCV does in the released evaluations. `interpolate` does so too but
+    rounds the size down: one repeated border pixel (more below half size) lets it reach the whole size.
     """
     if scale == 1:
         return image
     size = [max(1, round(side * scale)) for side in image.shape[-2:]]
-    more = math.ceil(1 / scale)
-    longer = F.pad(image.float(), (0, more, 0, more), mode="replicate")
+    margin = math.ceil(1 / scale)
+    longer = F.pad(image.float(), (0, margin, 0, margin), mode="replicate")
     resized = F.interpolate(longer, scale_factor=scale, mode="bilinear", align_corners=False)
     resized = resized[..., : size[0], : size[1]]
     return resized if image.is_floating_point() else (resized + 0.5).to(image.dtype)
@@ -201,17 +202,17 @@ def _resized(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tens
 
 
 def _margins(side: int, crop: int) -> tuple[int, int]:
-    """Centred padding of a side to the window, the odd pixel at the end."""
+    """Compute the centered padding of a side to the window, the odd pixel at the end."""
     missing = max(0, crop - side)
     return missing // 2, missing - missing // 2
 
 
 def _stride(crop: int) -> int:
-    # ceil(2/3 of the window), in integers.
+    # ceil(2/3 * crop), in integers
     return -(-2 * crop // 3)
 
 
 def _starts(side: int, crop: int) -> list[int]:
-    """First pixels of the windows along a side; the last window ends at the border."""
+    """List the first pixels of the windows along a side; the last window ends at the border."""
     count = math.ceil((side - crop) / _stride(crop)) + 1
     return [min(index * _stride(crop), side - crop) for index in range(count)]

@@ -1,4 +1,4 @@
-"""What an evaluation prints and writes: a table for each checkpoint, one of all, files of scores, pictures."""
+"""Results of an evaluation: one table per checkpoint, a summary, files of scores, pictures."""
 
 import json
 import math
@@ -21,80 +21,92 @@ Results = Sequence[tuple[CheckpointRef, Scores]]
 
 @dataclass(frozen=True)
 class Report:
-    """How the scores of one command are told.
+    """Tables and files of one command's scores.
 
-    Attributes:
-        classes: Names of the classes.
-        protocol: How images were predicted.
-        usual: The paper's protocol; files are named by what departs from it.
-        network: Which network of the checkpoints, as the command line calls it.
-        data_config: The config file that named the data.
-        folder: Where files are written.
+    Args:
+        classes: Names, by class id.
+        protocol: Protocol that images were predicted with.
+        paper_protocol: Protocol of the paper; file names contain the differences from it.
+        network: Value of `--network`.
+        data_config: Config file that names the data.
+        folder: Folder to write files to.
     """
 
     classes: Sequence[str]
     protocol: Protocol
-    usual: Protocol
+    paper_protocol: Protocol
     network: str | None
     data_config: str
     folder: Path
 
-    def table(self, target: CheckpointRef, scores: Scores) -> Table:
-        """The scores of a checkpoint, class by class."""
-        table = Table(title=_told(target), caption=self._protocol_told, title_justify="left", caption_justify="left")
+    def table(self, checkpoint: CheckpointRef, scores: Scores) -> Table:
+        """Tabulate the scores of a checkpoint, class by class."""
+        table = Table(
+            title=_title(checkpoint), caption=self._protocol_text, title_justify="left", caption_justify="left"
+        )
         table.add_column("class")
         table.add_column("IoU %", justify="right")
         for name, iou in zip(self.classes, scores.per_class_iou):
             table.add_row(name, _percent(iou), style="dim" if math.isnan(iou) else None)
         table.add_section()
-        counted = f"mean over {scores.classes_counted} of {len(self.classes)} classes"
-        table.add_row(counted, _percent(scores.miou))
+        table.add_row(f"mIoU ({scores.classes_counted} of {len(self.classes)} classes)", _percent(scores.miou))
         if self._has_background:
-            table.add_row("mean without background", _percent(scores.miou_without_first))
+            table.add_row("mIoU without background", _percent(scores.miou_without_first))
         table.add_row("pixel accuracy", _percent(scores.pixel_accuracy))
         return table
 
     def summary(self, results: Results) -> Table:
-        """A line for each checkpoint; the best one stands out."""
-        by_epoch = all(target.epoch is not None for target, _ in results)
-        columns = [*(["epoch"] if by_epoch else []), "step", "mIoU %"]
-        columns += [*(["without background %"] if self._has_background else []), "classes", "pixel accuracy %", ""]
-        table = Table(*columns, title="all", title_justify="left")
+        """Tabulate all checkpoints, one per line, the best one in bold."""
+        by_epoch = _count_epochs(results)
+        columns = ["epoch"] if by_epoch else []
+        columns += ["step", "mIoU %"]
+        columns += ["mIoU without background %"] if self._has_background else []
+        table = Table(*columns, "classes", "pixel accuracy %", "", title="all", title_justify="left")
         best = _best(results)
-        for target, scores in results:
-            row = [*([f"{target.epoch:g}"] if by_epoch else []), str(target.step), _percent(scores.miou)]
+        for checkpoint, scores in results:
+            row = [f"{checkpoint.epoch:g}"] if by_epoch else []
+            row += [str(checkpoint.step), _percent(scores.miou)]
             row += [_percent(scores.miou_without_first)] if self._has_background else []
-            row += [str(scores.classes_counted), _percent(scores.pixel_accuracy), "best" if target is best else ""]
-            table.add_row(*row, style="bold" if target is best else None)
+            row += [str(scores.classes_counted), _percent(scores.pixel_accuracy)]
+            is_best = checkpoint is best
+            table.add_row(*row, "best" if is_best else "", style="bold" if is_best else None)
         return table
 
-    def write(self, target: CheckpointRef, scores: Scores) -> None:
-        """The scores of a checkpoint, to <which>.json.
+    def write(self, checkpoint: CheckpointRef, scores: Scores) -> None:
+        """Write the scores of a checkpoint to <name>.json.
 
         Raises:
-            UserError: it cannot be written, as with what follows.
+            UserError: the file cannot be written; also raised by `write_summary` and `write_pictures`.
         """
-        told = self._contents(target, scores) | {"data_config": self.data_config}
-        told["protocol"] = asdict(self.protocol) | {"text": self._protocol_told}
-        _write_json(self.folder / f"{self._name(target.which)}.json", told)
+        content = self._to_dict(checkpoint, scores) | {"data_config": self.data_config}
+        content["protocol"] = asdict(self.protocol) | {"text": self._protocol_text}
+        _write_json(self.folder / f"{self._stem(checkpoint.name)}.json", content)
 
     def write_summary(self, which: str, results: Results) -> None:
-        """<which>.json, the scores of all checkpoints, and <which>.png, their curve."""
-        stem = self._name(which.replace(":", "_"))
-        lines = [self._contents(target, scores) for target, scores in results]
+        """Write the scores of all checkpoints to <which>.json, and their curve to <which>.png."""
+        stem = self._stem(which.replace(":", "_"))
+        lines = [self._to_dict(checkpoint, scores) for checkpoint, scores in results]
         _write_json(self.folder / f"{stem}.json", {"best_step": _best(results).step, "checkpoints": lines})
-        unit = "epoch" if all(target.epoch is not None for target, _ in results) else "step"
-        numbers = [getattr(target, unit) for target, _ in results]
+        unit = "epoch" if _count_epochs(results) else "step"
+        numbers = [getattr(checkpoint, unit) for checkpoint, _ in results]
         curve = self.folder / f"{stem}.png"
         try:
             score_curve(numbers, [scores.miou for _, scores in results], unit, curve)
         except OSError as error:
             raise UserError(f"the curve cannot be written to {curve}: {error.strerror}") from None
 
-    def write_pictures(self, target: CheckpointRef, samples: Iterable[Sample], palette: np.ndarray) -> None:
-        """For every image: prediction/ (in color), ids/ (gray, a pixel's value its class), side_by_side/ (with
-        label)."""
-        folder = self.folder / "pictures" / self._name(target.which)
+    def write_pictures(self, checkpoint: CheckpointRef, samples: Iterable[Sample], palette: np.ndarray) -> None:
+        """Write three pictures per image.
+
+        `prediction/` shows colors, `ids/` is gray with the class id as pixel value, and `side_by_side/` shows image,
+        prediction and label.
+
+        Args:
+            checkpoint: The checkpoint that predicted.
+            samples: Images with labels and predictions.
+            palette: uint8 [256,3].
+        """
+        folder = self.folder / "pictures" / self._stem(checkpoint.name)
         try:
             for kind in ("prediction", "ids", "side_by_side"):
                 (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -110,46 +122,56 @@ class Report:
         return self.classes[0] == "background"
 
     @property
-    def _protocol_told(self) -> str:
-        usual = self.network in ("1", None)
+    def _protocol_text(self) -> str:
+        if self.network in ("1", None):
+            return self.protocol.describe()
         network = {"2": "network 2", "both": "mean of both networks"}.get(self.network, self.network)
-        return self.protocol.describe() + ("" if usual else f"; {network}")
+        return f"{self.protocol.describe()}; {network}"
 
-    def _name(self, which: str) -> str:
-        """`best`, or with what departs from the paper's protocol: `best_sliding96_scales0.75-1_flip_network2`."""
-        protocol, network = self.protocol, self.network
-        window = f"sliding{protocol.crop[0]}" if protocol.crop else "whole"
-        sliding = [] if protocol.crop == self.usual.crop else [window]
-        scales = [] if protocol.scales == (1.0,) else ["scales" + "-".join(f"{scale:g}" for scale in protocol.scales)]
-        chosen = [] if network in ("1", None) else [f"network{network}" if network in ("2", "both") else network]
-        return "_".join([which, *sliding, *scales, *(["flip"] if protocol.flip else []), *chosen])
+    def _stem(self, name: str) -> str:
+        """Add the differences from the paper's protocol, e.g. `best_sliding96_scales0.75-1_flip_network2`."""
+        protocol, parts = self.protocol, [name]
+        if protocol.crop != self.paper_protocol.crop:
+            parts.append(f"sliding{protocol.crop[0]}" if protocol.crop else "whole")
+        if protocol.scales != (1.0,):
+            parts.append("scales" + "-".join(f"{scale:g}" for scale in protocol.scales))
+        if protocol.flip:
+            parts.append("flip")
+        if self.network not in ("1", None):
+            parts.append(f"network{self.network}" if self.network in ("2", "both") else self.network)
+        return "_".join(parts)
 
-    def _contents(self, target: CheckpointRef, scores: Scores) -> dict[str, Any]:
-        """What is written of a checkpoint's scores; null stands for what there is not."""
+    def _to_dict(self, checkpoint: CheckpointRef, scores: Scores) -> dict[str, Any]:
+        """Scores of a checkpoint as shares, 0 to 1; None stands for NaN."""
         shares = {"miou": scores.miou}
         if self._has_background:
             shares["miou_without_background"] = scores.miou_without_first
         shares["pixel_accuracy"] = scores.pixel_accuracy
-        told = {"network": str(target.file), "step": target.step, "epoch": target.epoch}
-        told |= {name: _or_null(share) for name, share in shares.items()} | {"classes_counted": scores.classes_counted}
-        return told | {"per_class_iou": {name: _or_null(iou) for name, iou in zip(self.classes, scores.per_class_iou)}}
+        content = {"network": str(checkpoint.file), "step": checkpoint.step, "epoch": checkpoint.epoch}
+        content |= {name: _or_none(share) for name, share in shares.items()}
+        per_class = {name: _or_none(iou) for name, iou in zip(self.classes, scores.per_class_iou)}
+        return content | {"classes_counted": scores.classes_counted, "per_class_iou": per_class}
 
 
-def _told(target: CheckpointRef) -> str:
-    step = "" if target.step is None else f", step {target.step}"
-    return target.which + step + ("" if target.epoch is None else f", epoch {target.epoch:g}")
+def _title(checkpoint: CheckpointRef) -> str:
+    step = "" if checkpoint.step is None else f", step {checkpoint.step}"
+    return checkpoint.name + step + ("" if checkpoint.epoch is None else f", epoch {checkpoint.epoch:g}")
 
 
 def _percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.2f}"
 
 
-def _or_null(share: float) -> float | None:
+def _or_none(share: float) -> float | None:
     return None if math.isnan(share) else share
 
 
+def _count_epochs(results: Results) -> bool:
+    return all(checkpoint.epoch is not None for checkpoint, _ in results)
+
+
 def _best(results: Results) -> CheckpointRef:
-    """The first of those with the largest mIoU; NaN is none."""
+    """Select the first checkpoint with the largest mIoU; NaN ranks last."""
     return max(results, key=lambda result: -1.0 if math.isnan(result[1].miou) else result[1].miou)[0]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
+import common.evaluation.batches
 import common.evaluation.evaluate
 from common.engine.run import Run
 
@@ -86,7 +87,7 @@ def stop_in_evaluation() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         return predicted(*arguments)
 
-    common.evaluation.evaluate.MAX_BATCH_PIXELS = 1  # batches of one image: there is a next one
+    common.evaluation.batches.MAX_BATCH_PIXELS = 1  # batches of one image: there is a next one
     predicted, common.evaluation.evaluate.sum_logits = common.evaluation.evaluate.sum_logits, predict
 
 
