@@ -90,7 +90,7 @@ class Config:
 
 def protocol_of(config: Config) -> Protocol:
     """Whole images padded to multiples of 8; for the head of original CPS a sliding window of the crop's size."""
-    return Protocol(crop=tuple(config.data.crop_size)) if config.model.head == "cps" else Protocol(multiple=8)
+    return Protocol(crop=tuple(config.data.crop_size)) if config.model.head == "v3plus_cps" else Protocol(multiple=8)
 
 
 def cps_weight(config: Config, cutmix: bool) -> float:

@@ -30,10 +30,10 @@ def segmenter_of(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
 RELEASE = Release(
     segmenter_of,
     configs={
-        ("deeplab", 21): "cac_cps/configs/voc_cac_deeplabv3+_resnet50_1over8_datalist0.json",
-        ("deeplab", 19): "cac_cps/configs/city_cac_deeplabv3+_resnet50_1over8_datalist0.json",
-        ("cps", 21): "cac_cps/configs/voc_cps_resnet50_1over8.json",
-        ("cps", 19): "cac_cps/configs/city_cps_resnet50_1over8.json",
+        ("v3plus_cac", 21): "cac_cps/configs/voc_cac_deeplabv3+_resnet50_1over8_datalist0.json",
+        ("v3plus_cac", 19): "cac_cps/configs/city_cac_deeplabv3+_resnet50_1over8_datalist0.json",
+        ("v3plus_cps", 21): "cac_cps/configs/voc_cps_resnet50_1over8.json",
+        ("v3plus_cps", 19): "cac_cps/configs/city_cps_resnet50_1over8.json",
     },
     heads=CAC_HEADS,
 )
@@ -50,7 +50,7 @@ LISTS = {"voc": "voc_splits", "cityscapes": "city_splits"}
 # What the release does for every config.
 ALWAYS: Settings = {
     "data.scale_range": [0.5, 2.0],
-    "model.head": "deeplab",
+    "model.head": "v3plus_cac",
     "model.pretrained": True,
     "optim.nesterov": False,
     "method.backbone_lr_scale": 0.1,

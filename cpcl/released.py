@@ -16,8 +16,8 @@ from common.released.weights import deeplab_from_cps
 RELEASE = Release(
     deeplab_from_cps,
     configs={
-        ("cps", 21): "cpcl/configs/voc_resnet50_1over8.json",
-        ("cps", 19): "cpcl/configs/city_resnet50_1over8.json",
+        ("v3plus_cps", 21): "cpcl/configs/voc_resnet50_1over8.json",
+        ("v3plus_cps", 19): "cpcl/configs/city_resnet50_1over8.json",
     },
 )
 
@@ -68,7 +68,7 @@ EVALUATED = {"21": 1, "19": 2}  # epochs between evaluations: those of our confi
 ALWAYS: Settings = {
     "model.backbone": "resnet50",
     "model.stem": "deep",
-    "model.head": "cps",
+    "model.head": "v3plus_cps",
     "model.pretrained": True,
     "optim.nesterov": False,
 }

@@ -18,7 +18,7 @@ def segmenter_of(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
 
 RELEASE = Release(
     segmenter_of,
-    configs={("short", 21): "css/configs/voc.json", ("short", 19): "css/configs/cityscapes.json"},
+    configs={("v3plus", 21): "css/configs/voc.json", ("v3plus", 19): "css/configs/cityscapes.json"},
     entries=("ema", "ema_model", "model"),  # the teacher, which the paper evaluates, before the student
     heads=PRCL_CSS_HEADS,
 )

@@ -17,8 +17,8 @@ from memory_bank.released import config_in, segmenter_of
 RELEASE = Release(
     segmenter_of,
     configs={
-        ("v3", 21): "memory_bank/configs/configSSL_pascal_1_8_split0_v3.json",
-        ("v3", 19): "memory_bank/configs/configSSL_city_1_8_split0_v3.json",
+        ("v3plus_memory_bank", 21): "memory_bank/configs/configSSL_pascal_1_8_split0_v3.json",
+        ("v3plus_memory_bank", 19): "memory_bank/configs/configSSL_city_1_8_split0_v3.json",
     },
     heads=MEMORY_BANK_HEADS + UNREACHED,
     config_in=config_in,

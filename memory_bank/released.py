@@ -197,7 +197,7 @@ def _version(key: str, flat: Settings) -> Settings:
         half = {"method.half_size": True} if _dataset_name(flat) == "cityscapes" else {}
         head = "v2_coco" if _is_coco(flat) else "v2"
         return {"model.backbone": "resnet101", "model.head": head, "model.output_stride": 8} | half
-    return {"model.backbone": "resnet50", "model.head": "v3", "model.output_stride": 16}
+    return {"model.backbone": "resnet50", "model.head": "v3plus_memory_bank", "model.output_stride": 16}
 
 
 def _is_v2(flat: Settings) -> bool:

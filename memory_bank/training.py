@@ -297,7 +297,7 @@ def unlabeled_share(config: Config, run: Run) -> int:
             f"{config.optim.accumulation} accumulation passes; set method.unlabeled_batch_size"
         )
     shared = run.processes > 1 and run.device.type == "cuda"
-    if share == 1 and config.model.head == "v3" and not shared:
+    if share == 1 and config.model.head == "v3plus_memory_bank" and not shared:
         raise UserError(
             "one unlabeled image a process and pass is too few for batch norm: raise method.unlabeled_batch_size"
         )

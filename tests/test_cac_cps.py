@@ -95,7 +95,16 @@ def test_accumulated_passes_count_as_one_step(script, tiny, tmp_path):
 
 @every_script
 def test_the_head_of_original_cps_and_its_crops(script, tiny, tmp_path):
-    arguments = ["--model.head", "cps", "--model.stem", "deep", "--method.base_size", "null", "--method.jitter", "true"]
+    arguments = [
+        "--model.head",
+        "v3plus_cps",
+        "--model.stem",
+        "deep",
+        "--method.base_size",
+        "null",
+        "--method.jitter",
+        "true",
+    ]
     more = ["--method.cps.ohem", "true", "--method.decay_norms", "false", "--run.steps", "3"]
     train(script, tiny(f"cac_cps/{script}.py", *arguments, *more))
     assert metrics(tmp_path / "run")[-1]["step"] == 3
@@ -227,7 +236,7 @@ def test_either_network_or_both_are_evaluated(tiny, tmp_path, capsys):
 
 
 def test_the_head_of_original_cps_slides_a_window_unless_told_otherwise(tiny, tmp_path, capsys):
-    train("train_semiseg", tiny("cac_cps/train_semiseg.py", "--model.head", "cps", "--run.steps", "2"))
+    train("train_semiseg", tiny("cac_cps/train_semiseg.py", "--model.head", "v3plus_cps", "--run.steps", "2"))
     evaluated(tmp_path / "run")
     assert "sliding window 32x32" in capsys.readouterr().out
     evaluated(tmp_path / "run", "--whole")

@@ -1,5 +1,6 @@
-"""Networks: shapes, dilations, sizes, weights from files."""
+"""Networks: shapes, dilations, sizes, names of heads, weights from files."""
 
+import json
 import pickle
 
 import pytest
@@ -7,13 +8,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from common.config import parse
 from common.config.sections import ModelConfig
+from common.engine.run_folder import check_folder, open_folder
 from common.errors import UserError
 from common.models import DeepLabV3Plus, build_network
 from common.models import resnet as resnet_module
 from common.models.deeplab import conv_head
 from common.models.weights import load_state, read_state
 from common.released.weights import deeplab_from_prcl_css
+from supervised.train import Config
 
 
 def model_config(**changes) -> ModelConfig:
@@ -92,6 +96,57 @@ def test_dilations(stem: str, output_stride: int, layer3: list[int], layer4: lis
     assert [branch[0].dilation[0] for branch in network.aspp.branches[1:]] == rates
 
 
+@pytest.mark.parametrize(
+    ("head", "aspp", "decoder", "classifier"),
+    [
+        ("v3plus", 0, None, 0),
+        ("v3plus_cac", 0.5, 0.5, 0.1),
+        ("v3plus_cps", 0, 0, 0),
+        ("v3plus_memory_bank", 0.5, 0, 0.1),
+    ],
+)
+def test_dropout_of_the_variants(head: str, aspp: float, decoder: float | None, classifier: float) -> None:
+    def dropout(module: nn.Module) -> float:
+        return sum(part.p for part in module.modules() if isinstance(part, nn.Dropout))
+
+    with torch.device("meta"):
+        network = build_network(model_config(head=head, channels=8))
+    assert (dropout(network.aspp), dropout(network.classifier)) == (aspp, classifier)
+    assert dropout(network.decoder) == (decoder or 0)
+    assert isinstance(network.decoder, nn.Identity) == (decoder is None)
+    assert network.feature_channels == (56 if decoder is None else 8)
+    assert network.features(torch.empty(2, 3, 33, 33, device="meta")).shape == (2, network.feature_channels, 9, 9)
+
+
+FORMER = [
+    ("short", "v3plus"),
+    ("deeplab", "v3plus_cac"),
+    ("cps", "v3plus_cps"),
+    ("v3", "v3plus_memory_bank"),
+    ("v2", "v2"),
+    ("v2_coco", "v2_coco"),
+]
+
+
+@pytest.mark.parametrize(("former", "head"), FORMER)
+def test_former_words_for_heads_are_accepted(tmp_path, former: str, head: str) -> None:
+    def config_with(word: str) -> Config:
+        arguments = ["--config", "supervised/configs/demo.json", "--model.head", word, "--run.dir", str(tmp_path)]
+        return parse(Config, "supervised/train.py", arguments)
+
+    config = config_with(former)
+    assert config.model.head == head and config == config_with(head)
+    open_folder(tmp_path, "supervised/train.py", config)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["model"]["head"] == head
+    stored["model"]["head"] = former
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    check_folder(tmp_path, "supervised/train.py", config)  # the run that the former word started goes on
+    other = config_with("v2" if head == "v3plus" else "v3plus")
+    with pytest.raises(UserError, match=rf"another config: model\.head \({head} there, {other.model.head} now\)"):
+        check_folder(tmp_path, "supervised/train.py", other)
+
+
 def test_size_of_the_papers_network() -> None:
     # The published network of PRCL and CSS, representation head included: 59.52 M parameters in 343 tensors, 682 with
     # the buffers.
@@ -144,39 +199,41 @@ def test_deep_stem_file(tmp_path) -> None:
     network = build_network(model_config(stem="deep", pretrained=str(tmp_path / "deep.pth")))
     assert torch.equal(network.encoder.state_dict()["conv1.6.weight"], state["conv1.6.weight"])
     with pytest.raises(
-        UserError, match=r"deep\.pth does not fit resnet18 with the plain stem: it is a resnet18 with the deep stem"
+        UserError,
+        match=r"deep\.pth does not fit resnet18 with the plain stem: the file holds a .*deep stem",
     ):
         build_network(model_config(pretrained=str(tmp_path / "deep.pth")))
 
 
 @pytest.mark.parametrize(
-    ("head", "num_classes", "told"), [("v2_coco", 5, ""), ("v2", 7, ", its classifiers of 5 classes")]
+    ("head", "num_classes", "unused"), [("v2_coco", 5, ""), ("v2", 7, ", the classifiers of 5 classes")]
 )
-def test_a_whole_deeplab_v2_from_coco(tmp_path, capsys, head: str, num_classes: int, told: str) -> None:
-    theirs = build_network(model_config(head="v2_coco", output_stride=8))
-    state = theirs.encoder.state_dict()
-    branches = {f"layer5.conv2d_list.{key}": value for key, value in theirs.classifier.branches.state_dict().items()}
+def test_a_whole_deeplab_v2_from_coco(tmp_path, capsys, head: str, num_classes: int, unused: str) -> None:
+    published = build_network(model_config(head="v2_coco", output_stride=8))
+    state = published.encoder.state_dict()
+    branches = {f"layer5.conv2d_list.{key}": value for key, value in published.classifier.branches.state_dict().items()}
     unreached = {key.replace("list.1", "list.3"): value for key, value in branches.items() if ".1." in key}
     torch.save(state | branches | unreached, tmp_path / "coco.pth")
     config = model_config(head=head, output_stride=8, num_classes=num_classes, pretrained=str(tmp_path / "coco.pth"))
     network = build_network(config)
     assert all(torch.equal(value, state[key]) for key, value in network.encoder.state_dict().items())
-    same = [torch.equal(a, b) for a, b in zip(network.classifier.parameters(), theirs.classifier.parameters())]
-    assert same == [not told] * 4
-    expected = f"coco.pth: layer5.conv2d_list.3.weight, layer5.conv2d_list.3.bias{told}\n"
+    same = [torch.equal(a, b) for a, b in zip(network.classifier.parameters(), published.classifier.parameters())]
+    assert same == [not unused] * 4
+    expected = f"coco.pth: layer5.conv2d_list.3.weight, layer5.conv2d_list.3.bias{unused}\n"
     assert capsys.readouterr().out.endswith(expected)
 
 
-def test_what_of_a_backbone_is_not_used_is_told(tmp_path, encoder_state, capsys) -> None:
+def test_unused_weights_of_a_backbone_are_named(tmp_path, encoder_state, capsys) -> None:
     torch.save({f"module.{k}": v for k, v in encoder_state.items()} | {"fc.bias": torch.zeros(9)}, tmp_path / "a.pth")
     build_network(model_config(pretrained=str(tmp_path / "a.pth")))
-    assert "not used of model.pretrained" in (told := capsys.readouterr().out) and told.endswith("a.pth: fc.bias\n")
+    printed = capsys.readouterr().out
+    assert "unused weights in model.pretrained" in printed and printed.endswith("a.pth: fc.bias\n")
 
 
 def test_file_that_does_not_fit_is_refused(tmp_path, encoder_state) -> None:
     path = tmp_path / "backbone.pth"
     torch.save(encoder_state, path)
-    with pytest.raises(UserError, match=r"does not fit resnet34 .*: it is a resnet18"):
+    with pytest.raises(UserError, match=r"does not fit resnet34 .*: the file holds a resnet18"):
         build_network(model_config(backbone="resnet34", pretrained=str(path)))
     torch.save(encoder_state | {"extra.weight": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=r"unexpected: extra\.weight"):

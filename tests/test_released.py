@@ -42,31 +42,31 @@ class Theirs:
 NOTHING = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}}
 THEIRS = {
     "prcl": Theirs(
-        "prcl", {"head": "short"}, PRCL_CSS,
+        "prcl", {"head": "v3plus"}, PRCL_CSS,
         lambda state: NOTHING | {"model": other(state), "ema": state, "uncer_head": {"gamma": torch.ones(1)}},
         ("representation.3.bias",),
     ),
     "css": Theirs(
-        "css", {"head": "short", "output_stride": 8, "stem": "deep"}, PRCL_CSS,
+        "css", {"head": "v3plus", "output_stride": 8, "stem": "deep"}, PRCL_CSS,
         lambda state: NOTHING
         | {"model": other(state), "ema_model": state, "prototypes": np.ones((21, 256), np.float32)},
         ("representation.3.bias",),
     ),
     "cac": Theirs(
-        "cac_cps", {"head": "deeplab"}, CAC,
+        "cac_cps", {"head": "v3plus_cac"}, CAC,
         lambda state: {"arch": "DDP", "epoch": 3, "monitor_best": np.float64(0.7), "state_dict": state, "config": {}},
         ("module.project.0.bias",), ("module.",),
     ),
     "cps": Theirs(
-        "cac_cps", {"head": "cps", "stem": "deep"}, CPS,
+        "cac_cps", {"head": "v3plus_cps", "stem": "deep"}, CPS,
         lambda state: NOTHING | {"model": state, "iteration": 9}, (), ("branch1.", "branch2."),
     ),
     "cpcl": Theirs(
-        "cpcl", {"head": "cps", "stem": "deep"}, CPS,
+        "cpcl", {"head": "v3plus_cps", "stem": "deep"}, CPS,
         lambda state: NOTHING | {"model": state}, (), ("module.branch1.", "module.branch2."),
     ),
     "memory_bank": Theirs(
-        "memory_bank", {"head": "v3"}, MEMORY_BANK,
+        "memory_bank", {"head": "v3plus_memory_bank"}, MEMORY_BANK,
         lambda state: {"iteration": 9, "model": state, "optimizer": {}}, ("projection_head.0.bias",),
     ),
 }  # fmt: skip
@@ -134,7 +134,7 @@ def test_written_as_ours_and_used_without_the_original(name, tmp_path, capsys):
         assert torch.equal(extra["second/low.0.weight"], networks[1].state_dict()["low.0.weight"])
     metainfo = read_metainfo(run, 21)
     assert metainfo.classes[15] == "person" and (metainfo.protocol.crop is None) == (
-        "cps" not in THEIRS[name].model["head"]
+        "v3plus_cps" not in THEIRS[name].model["head"]
     )
     Image.new("RGB", (40, 30)).save(tmp_path / "image.png")
     predict_main([str(run), str(tmp_path / "image.png"), "--out", str(tmp_path / "out"), "-d", "cpu", "--whole"])

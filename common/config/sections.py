@@ -13,6 +13,9 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
+# Former words for `model.head`, in older configs and runs -> today's.
+FORMER_HEADS = {"short": "v3plus", "deeplab": "v3plus_cac", "cps": "v3plus_cps", "v3": "v3plus_memory_bank"}
+
 
 @dataclass
 class DataConfig:
@@ -77,8 +80,10 @@ class ModelConfig:
     Args:
         backbone: timm name of a ResNet: resnet18, resnet34, resnet50, resnet101 or resnet152.
         stem: `plain` is the 7x7 convolution, `deep` three 3x3 ones (64, 64, 128 channels).
-        head: What follows the backbone: `short` (PRCL, CSS), `deeplab` (CAC), `cps` (original CPS, CPCL), or those of
-            memory bank: `v3` (DeepLabV3+), `v2` (DeepLabV2) or `v2_coco` (the same for weights trained on COCO).
+        head: Network on the backbone: DeepLabV3+ as in PRCL and CSS (`v3plus`), CAC (`v3plus_cac`), original CPS and
+            CPCL (`v3plus_cps`) or memory bank (`v3plus_memory_bank`); DeepLabV2 (`v2`), or DeepLabV2 for weights
+            trained on COCO (`v2_coco`). Former words are accepted: `short`, `deeplab`, `cps` and `v3` for the first
+            four.
         output_stride: Stride of the last backbone features, 8 or 16.
         channels: Width of ASPP and heads; the papers' is 256.
         rates: Dilations of the ASPP's 3x3 branches; by default those of the output stride.
@@ -93,7 +98,9 @@ class ModelConfig:
     num_classes: PositiveInt
     backbone: str = "resnet101"
     stem: Literal["plain", "deep"] = "plain"
-    head: Literal["short", "deeplab", "cps", "v3", "v2", "v2_coco"] = "short"
+    head: Literal[
+        "v3plus", "v3plus_cac", "v3plus_cps", "v3plus_memory_bank", "v2", "v2_coco", "short", "deeplab", "cps", "v3"
+    ] = "v3plus"
     output_stride: Literal[8, 16] = 16
     channels: PositiveInt = 256
     rates: Optional[tuple[PositiveInt, PositiveInt, PositiveInt]] = None
@@ -101,6 +108,9 @@ class ModelConfig:
     input_mean: Optional[tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat]] = None
     bgr: bool = False
     pretrained: Union[bool, str] = True
+
+    def __post_init__(self) -> None:
+        self.head = FORMER_HEADS.get(self.head, self.head)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Any
 
 from common.config import to_dict
 from common.config.files import flatten
+from common.config.sections import FORMER_HEADS
 from common.engine import checkpoints
 from common.engine.log import replace_file
 from common.errors import UserError
@@ -51,6 +52,7 @@ def check_folder(folder: Path, script: str, config: Any) -> None:
         ) from None
     if owner != script:
         raise UserError(f"{folder} is a run of {owner}; set another run.dir")
+    old["model.head"] = FORMER_HEADS.get(old.get("model.head"), old.get("model.head"))
     new = flatten(to_dict(config))
     differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     changes = [f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differ if key not in FREE_KEYS]

@@ -1,4 +1,4 @@
-"""Which network a state dict is of, told by its keys and shapes."""
+"""Infer backbone, head and number of classes from a state dict."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.errors import UserError
 
-# Blocks of the four stages, and whether they are bottlenecks.
+# (number of blocks in each of the four stages, are they bottlenecks) -> backbone.
 DEPTHS = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
@@ -15,18 +15,24 @@ DEPTHS = {
     ((3, 4, 23, 3), True): "resnet101",
     ((3, 8, 36, 3), True): "resnet152",
 }
-# The last weight of a network -> the values of `model.head` it may be of.
+# Key of the last weight -> values of `model.head` whose networks have that key.
 HEADS = {
-    "classifier.3.weight": ("short",),
-    "classifier.1.weight": ("deeplab", "v3"),
-    "classifier.weight": ("cps",),
+    "classifier.3.weight": ("v3plus",),
+    "classifier.1.weight": ("v3plus_cac", "v3plus_memory_bank"),
+    "classifier.weight": ("v3plus_cps",),
     "classifier.branches.0.weight": ("v2", "v2_coco"),
 }
 
 
 @dataclass(frozen=True)
 class InferredArchitecture:
-    """What weights say of the `model` section: heads are those with these keys, DeepLabV2 has no `channels`."""
+    """Values of the `model` section that follow from a state dict.
+
+    Attributes:
+        backbone, stem, num_classes: As in the section.
+        heads: The values of `model.head` whose networks have these keys.
+        channels: As in the section; None for DeepLabV2, which does not use it.
+    """
 
     backbone: str
     stem: str
@@ -36,7 +42,7 @@ class InferredArchitecture:
 
 
 def infer_backbone(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """`model.backbone` and `model.stem` of a ResNet's weights, named as torchvision does; None if they are of none."""
+    """Infer `model.backbone` and `model.stem` from weights with torchvision's keys; None if they are not a ResNet's."""
     blocks = tuple(
         len({key.split(".")[1] for key in state if key.startswith(f"{stage}.")})
         for stage in ("layer1", "layer2", "layer3", "layer4")
@@ -47,18 +53,19 @@ def infer_backbone(state: Mapping[str, Tensor]) -> tuple[str, str] | None:
 
 
 def infer_architecture(state: Mapping[str, Tensor], source: str) -> InferredArchitecture:
-    """The network of weights with our keys.
+    """Infer the architecture from a state dict with this project's keys.
 
     Args:
-        source: Where they come from, for the message.
+        state: State dict of the whole network.
+        source: Origin of the weights, for the message.
 
     Raises:
-        UserError: it is none that `build_network` makes.
+        UserError: `build_network` makes no network with these keys.
     """
     encoder = {key.removeprefix("encoder."): value for key, value in state.items() if key.startswith("encoder.")}
     backbone = infer_backbone(encoder)
     last = next((key for key in HEADS if key in state and state[key].dim() == 4), None)
     if backbone is None or last is None:
-        raise UserError(f"{source} is of no network that is known here: give a --config that describes it")
+        raise UserError(f"{source} does not hold a network of this project: give a --config that describes the network")
     width = next((state[key].shape[0] for key in ("aspp.project.0.weight", "aspp.reduce.weight") if key in state), None)
     return InferredArchitecture(*backbone, HEADS[last], state[last].shape[0], width)

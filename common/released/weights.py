@@ -72,7 +72,7 @@ MEMORY_BANK_HEADS = ("projection_head.", "prediction_head.", "contrastive_class_
 
 
 def deeplab_from_prcl_css(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The segmenter out of a state dict of PRCL's or CSS's published network, with the keys of our `DeepLabV3Plus`.
+    """The segmenter out of a state dict of PRCL's or CSS's published network, with the keys of our `v3plus`.
 
     Args:
         state: Keys as published (`resnet_layer1.0.conv1.weight`, `ASPP.convs.0.0.weight`, ...). Those that start with
@@ -85,7 +85,7 @@ def deeplab_from_prcl_css(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def deeplab_from_cac(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The segmenter out of CAC's published network, with the keys of our `CACDeepLab`; its projector is left out.
+    """The segmenter out of CAC's published network, with the keys of our `v3plus_cac`; its projector is left out.
 
     Args:
         state: Keys `encoder.backbone.conv1.weight`, ..., with or without `module.` before them.
@@ -99,7 +99,7 @@ def deeplab_from_cac(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def deeplab_from_memory_bank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The segmenter out of memory bank's published network: our `DeepLabV2` or `MemoryBankDeepLab`.
+    """The segmenter out of memory bank's published network: our `v2`, `v2_coco` or `v3plus_memory_bank`.
 
     Args:
         state: Keys `conv1.weight`, ..., `layer5.conv2d_list.0.weight` or `aspp.conv1.weight`, ...; heads, selectors
@@ -116,7 +116,7 @@ def deeplab_from_cps(state: Mapping[str, Tensor], network: int = 1) -> dict[str,
     """One of the two networks out of a published CPS or CPCL.
 
     Args:
-        state: Keys of original CPS and CPCL (our `CPSDeepLab`) or of CPS in CAC's code base (our `CACDeepLab`), both
+        state: Keys of original CPS and CPCL (our `v3plus_cps`) or of CPS in CAC's code base (our `v3plus_cac`), both
             below `branch1.` and `branch2.`, or those of the latter's first network alone.
         network: 1 or 2.
 

@@ -84,7 +84,7 @@ def config_of(g: Golden) -> Config:
         step_save=int(g["step_save"]),
     )
     model = ModelConfig(
-        int(g["num_classes"]), "resnet18", head="deeplab", channels=g["cls_weight"].shape[1], pretrained=False
+        int(g["num_classes"]), "resnet18", head="v3plus_cac", channels=g["cls_weight"].shape[1], pretrained=False
     )
     return Config(DataConfig("voc", "", ""), model, OptimConfig(), Method(cac=method), RunConfig())
 
@@ -204,13 +204,13 @@ def check_network(path: Path) -> None:
 
 def model_config(path: Path, g: Golden) -> ModelConfig:
     backbone = "resnet101" if "101" in path.name else "resnet50"
-    return ModelConfig(g["logits_shape"][1].item(), backbone, head="deeplab", pretrained=False)
+    return ModelConfig(g["logits_shape"][1].item(), backbone, head="v3plus_cac", pretrained=False)
 
 
 def check_key_list(path: Path) -> None:
     keys = read_keys(path)
     backbone = "resnet101" if "101" in path.name else "resnet50"
-    model = ModelConfig(keys["classifier.1.bias"][0], backbone, head="deeplab", pretrained=False)
+    model = ModelConfig(keys["classifier.1.bias"][0], backbone, head="v3plus_cac", pretrained=False)
     with torch.device("meta"):
         network = CACNetwork(model, keys["project.2.bias"][0])
     projector = {f"project.{key}": tuple(value.shape) for key, value in network.projector.state_dict().items()}
@@ -225,7 +225,7 @@ def check_poly(path: Path) -> None:
     g = read(path)
     for name in ("voc", "city"):
         lr, epochs, steps = g[f"{name}_cfg"].tolist()
-        model = ModelConfig(3, "resnet18", head="deeplab", channels=8, pretrained=False)
+        model = ModelConfig(3, "resnet18", head="v3plus_cac", channels=8, pretrained=False)
         config = Config(DataConfig("voc", "", ""), model, OptimConfig(lr=lr), Method(), RunConfig())
         optimizer = make_optimizer(config, CACNetwork(model, 8))
         want = torch.cat([g[f"{name}_lr_used"], g[f"{name}_after_last"][None]])

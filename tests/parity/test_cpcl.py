@@ -267,7 +267,7 @@ def check_trained(network: TwoNetworks, image: Tensor, g: Golden) -> None:
 
 def model_of(path: Path, num_classes: int) -> ModelConfig:
     backbone = "resnet101" if "101" in path.name else "resnet50"
-    return ModelConfig(num_classes, backbone, "deep", "cps", pretrained=False)
+    return ModelConfig(num_classes, backbone, "deep", "v3plus_cps", pretrained=False)
 
 
 def check_key_list(path: Path) -> None:

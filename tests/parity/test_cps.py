@@ -181,7 +181,7 @@ def check_epoch_list(path: Path) -> None:
 def check_network(path: Path) -> None:
     """The original: two networks in one file of weights."""
     g = read(path)
-    model = model_of(path, g["logits_sum"].shape[1], "cps")
+    model = model_of(path, g["logits_sum"].shape[1], "v3plus_cps")
     network = TwoNetworks(model).eval()
     state = fill_small(two_branches(network, CPS))
     load_branches(network, state, path)
@@ -221,7 +221,7 @@ def check_groups(network: nn.Module, model: ModelConfig, g: Golden) -> None:
 def check_fork_network(path: Path) -> None:
     """In CAC's code base."""
     g = read(path)
-    network = TwoNetworks(model_of(path, g["logits_sum"].shape[1], "deeplab")).eval()
+    network = TwoNetworks(model_of(path, g["logits_sum"].shape[1], "v3plus_cac")).eval()
     load_branches(network, fill_small(two_branches(network, CPS_IN_CAC)), path)
     backbone = len(list(network.first.encoder.parameters()))
     assert backbone == g["n_backbone1"]
@@ -236,7 +236,7 @@ def check_fork_network(path: Path) -> None:
 
 def model_of(path: Path, num_classes: int, head: str) -> ModelConfig:
     backbone = "resnet101" if "101" in path.name else "resnet50"
-    return ModelConfig(num_classes, backbone, "deep" if head == "cps" else "plain", head, pretrained=False)
+    return ModelConfig(num_classes, backbone, "deep" if head == "v3plus_cps" else "plain", head, pretrained=False)
 
 
 def check_key_list(path: Path) -> None:
@@ -244,7 +244,7 @@ def check_key_list(path: Path) -> None:
     in_cac_code = any(key.startswith("branch1.backbone.backbone.") for key in keys)
     num_classes = next(shape[0] for key, shape in keys.items() if "classifier" in key)
     with torch.device("meta"):
-        network = TwoNetworks(model_of(path, num_classes, "deeplab" if in_cac_code else "cps"))
+        network = TwoNetworks(model_of(path, num_classes, "v3plus_cac" if in_cac_code else "v3plus_cps"))
     assert two_branches(network, CPS_IN_CAC if in_cac_code else CPS) == keys
 
 

@@ -514,7 +514,7 @@ def network_of(path: Path, num_classes: int) -> MemoryBankNetwork:
     """The network that a file's name tells."""
     backbone, head, stride = "resnet101", "v2_coco" if "coco" in path.name else "v2", 8
     if "v3plus" in path.name:
-        backbone, head, stride = "resnet50" if "resnet50" in path.name else "resnet101", "v3", 16
+        backbone, head, stride = "resnet50" if "resnet50" in path.name else "resnet101", "v3plus_memory_bank", 16
     model = ModelConfig(num_classes, backbone, head=head, output_stride=stride, pretrained=False)
     return MemoryBankNetwork(model, 256)
 
@@ -649,7 +649,9 @@ class Stem(nn.Module):
 
 def step_network(state: Golden, g: Golden) -> MemoryBankNetwork:
     num_classes, dims = int(g["num_classes"]), int(g["F"])
-    network = MemoryBankNetwork(ModelConfig(num_classes, "resnet18", head="v3", channels=8, pretrained=False), dims)
+    network = MemoryBankNetwork(
+        ModelConfig(num_classes, "resnet18", head="v3plus_memory_bank", channels=8, pretrained=False), dims
+    )
     network.segmenter = Stem(int(g["D"]), num_classes, int(g["stride"]))
     network.heads = Heads(int(g["D"]), num_classes, dims)
     own = {key.replace("cls.", "classifier."): value for key, value in state.items() if key.startswith(("stem", "cls"))}

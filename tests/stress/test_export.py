@@ -12,11 +12,11 @@ from common.evaluation.metainfo import default_metainfo
 from common.models import build_network
 
 NETWORKS = [
-    ({"head": "short"}, Protocol()),
-    ({"head": "short", "stem": "deep", "output_stride": 8}, Protocol(flip=True)),
-    ({"head": "deeplab"}, Protocol(multiple=8)),
-    ({"head": "cps", "stem": "deep"}, Protocol()),
-    ({"head": "v3", "input_mean": (127.5, 127.5, 127.5), "bgr": True}, Protocol()),
+    ({"head": "v3plus"}, Protocol()),
+    ({"head": "v3plus", "stem": "deep", "output_stride": 8}, Protocol(flip=True)),
+    ({"head": "v3plus_cac"}, Protocol(multiple=8)),
+    ({"head": "v3plus_cps", "stem": "deep"}, Protocol()),
+    ({"head": "v3plus_memory_bank", "input_mean": (127.5, 127.5, 127.5), "bgr": True}, Protocol()),
     ({"head": "v2", "output_stride": 8}, Protocol(reduce=2)),
     ({"head": "v2_coco", "output_stride": 8}, Protocol()),
 ]
