@@ -20,7 +20,7 @@ from memory_bank.processes import summed
 
 
 class MemoryBankNetwork(nn.Module):
-    """Everything that is trained: a DeepLab and, on its features, heads and selectors.
+    """The trained network: a DeepLab and, on its features, heads and selectors.
 
     The backbone's batch norms keep their initial scale and shift; their running statistics are updated.
 
@@ -42,7 +42,7 @@ class MemoryBankNetwork(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def forward(self, images: dict[str, Tensor], labels: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """One forward per step; separate batches keep the paper's batch-norm statistics.
+        """Run the one forward of a step; separate passes of the batches keep the paper's batch-norm statistics.
 
         Args:
             images: Normalized images [B,3,H,W] by name, in the order of their forward passes.

@@ -128,14 +128,14 @@ def train(config: Config, run: Run) -> None:
                     bank.update(*candidates, teacher.heads.selectors, max_new, lowest)
             with record_function("losses"):
                 size, corners = label.shape[-2:], network.segmenter.align_corners
-                classes = (
+                class_weight = (
                     balance.weights(counted + is_target) if method.class_balance and use_contrast else balance.ones()
                 )
-                supervised = supervised_loss(upsample(output["labeled"], size, corners), label, classes)
+                supervised = supervised_loss(upsample(output["labeled"], size, corners), label, class_weight)
                 contrast_labeled = contrastive_term("labeled", output, bank, network)
                 unlabeled_logits = upsample(output["unlabeled"], size, corners)
-                pseudo = pseudo_label_loss(unlabeled_logits, pseudo_label, confidence, classes, method.confidence_power)
-                pseudo = ramp(step, method.ramp_steps) * pseudo
+                power, rampup = method.confidence_power, ramp(step, method.ramp_steps)
+                pseudo = rampup * pseudo_label_loss(unlabeled_logits, pseudo_label, confidence, class_weight, power)
                 entropy = entropy_loss(unlabeled_logits, pseudo_label, method.entropy_broadcast)
                 contrast_unlabeled = contrastive_term("unlabeled", output, bank, network)
                 loss = supervised + weight * contrast_labeled + pseudo + method.entropy_weight * entropy

@@ -70,8 +70,8 @@ def labeled_pass(
     with record_function("losses"):
         size, corners = label.shape[-2:], network.segmenter.align_corners
         # The pseudo-labels of this step are not counted yet.
-        classes = balance.weights(half // 2) if method.class_balance and use_contrast else balance.ones()
-        supervised = supervised_loss(upsample(output["labeled"], size, corners), label, classes)
+        class_weight = balance.weights(half // 2) if method.class_balance and use_contrast else balance.ones()
+        supervised = supervised_loss(upsample(output["labeled"], size, corners), label, class_weight)
         contrast_labeled = contrastive_term("labeled", output, bank, network)
         loss = supervised + method.contrast_weight * contrast_labeled
     with record_function("backward"):
@@ -98,10 +98,10 @@ def unlabeled_pass(
         output = wrapped({"unlabeled": normalize(image)}, {"unlabeled": pseudo_label} if use_contrast else None)
     with record_function("losses"):
         # Here class weights do not wait for the contrastive loss, as released.
-        classes = balance.weights(half // 2 + 1) if method.class_balance else balance.ones()
+        class_weight = balance.weights(half // 2 + 1) if method.class_balance else balance.ones()
         unlabeled_logits = upsample(output["unlabeled"], pseudo_label.shape[-2:], network.segmenter.align_corners)
-        pseudo = pseudo_label_loss(unlabeled_logits, pseudo_label, confidence, classes, method.confidence_power)
-        pseudo = ramp(half, method.ramp_steps) * pseudo
+        power, rampup = method.confidence_power, ramp(half, method.ramp_steps)
+        pseudo = rampup * pseudo_label_loss(unlabeled_logits, pseudo_label, confidence, class_weight, power)
         entropy = entropy_loss(unlabeled_logits, pseudo_label, method.entropy_broadcast)
         contrast_unlabeled = contrastive_term("unlabeled", output, bank, network)
         loss = pseudo + method.entropy_weight * entropy + method.contrast_weight * contrast_unlabeled
