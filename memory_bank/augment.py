@@ -1,7 +1,7 @@
-"""Weak and strong views: ClassMix, scale and crop, mirror, colors, blur (section 4.2 of the paper and its release).
+"""Crop, and weak and strong augmentation: ClassMix, scale, mirror, colors, blur (paper, section 4.2, and its release).
 
-Apart from the factors of the colors and the mixed classes every choice is one for a whole batch. Images are float in
-[0, 1], padding is black.
+Color factors and mixed classes are drawn per image, everything else per batch. Images are float in [0, 1]; padding is
+black.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from common.augment.mixing import draw_class_keys
 from common.augment.photometric import adjust_hue
 from common.engine.run import Run
 from common.images import to_device
+from common.loaders import Batch
 from common.seeding import generator, generators
 from memory_bank.config import Config
 
@@ -27,17 +28,17 @@ BLUR_SIGMA, BLUR_TAPS = 1.5, 23
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """What a view is drawn from.
+class AugmentRanges:
+    """Probabilities and ranges of a view.
 
     Attributes:
-        mix_probability: Of ClassMix.
-        jitter_probability: Of changed colors.
-        jitter: Largest change of brightness and contrast; saturation changes by half of it, hue by a third of a turn
-            times it.
-        blur_probability: Of a blur.
-        scale_probability: Of another scale.
-        scale: Smallest and largest.
+        mix_probability: Probability of ClassMix.
+        jitter_probability: Probability of color changes.
+        jitter: Largest change of brightness and contrast; saturation changes by half of it, hue by a third of it, in
+            turns.
+        blur_probability: Probability of a blur.
+        scale_probability: Probability of another scale.
+        scale: Smallest and largest scale.
     """
 
     mix_probability: float
@@ -48,37 +49,44 @@ class Ranges:
     scale: tuple[float, float] = (0.75, 1.75)
 
 
-WEAK = Ranges(mix_probability=0.2, jitter_probability=0.2, jitter=0.125, blur_probability=0.0, scale_probability=0.5)
-STRONG = Ranges(mix_probability=0.75, jitter_probability=0.8, jitter=0.25, blur_probability=0.2, scale_probability=0.8)
+WEAK = AugmentRanges(
+    mix_probability=0.2, jitter_probability=0.2, jitter=0.125, blur_probability=0.0, scale_probability=0.5
+)
+STRONG = AugmentRanges(
+    mix_probability=0.75, jitter_probability=0.8, jitter=0.25, blur_probability=0.2, scale_probability=0.8
+)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One for a whole batch.
+class BatchAugment:
+    """Augmentation parameters shared by the whole batch.
 
     Attributes:
-        mixes: Whether images are mixed.
-        scale: Factor of the size; 1 leaves everything as it is.
-        corner: Where a crop of the enlarged images begins, as shares (row, column) of the places there are.
-        flips: Whether the images are mirrored.
-        colors: The order of the four changes of color; empty: none.
-        blurs: Whether the images are blurred.
+        is_mixed: ClassMix is applied.
+        scale: Factor of the size; 1 leaves everything unchanged.
+        corner: Start (row, column) of the crop of enlarged images, each as a share in [0, 1) of the possible starts.
+        is_flipped: The images are mirrored.
+        colors: Order of the four color changes; empty for none.
+        is_blurred: The images are blurred.
     """
 
-    mixes: bool = False
+    is_mixed: bool = False
     scale: float = 1.0
     corner: tuple[float, float] = (0.0, 0.0)
-    flips: bool = False
+    is_flipped: bool = False
     colors: tuple[str, ...] = ()
-    blurs: bool = False
+    is_blurred: bool = False
 
 
-def draw_choice(rng: Generator, ranges: Ranges) -> Choice:
-    """As many draws whatever they give, so that a change of one probability leaves the other draws alone."""
+def draw_batch_augment(rng: Generator, ranges: AugmentRanges) -> BatchAugment:
+    """Draw the parameters of a batch.
+
+    Always makes the same number of draws, so changing one probability does not shift the others.
+    """
     mix_chance, scale_chance, flip_chance, jitter_chance, blur_chance, *corner = rng.random(7)
     scale = float(rng.uniform(*ranges.scale))
     order = tuple(list(_COLOR_CHANGES)[i] for i in rng.permutation(len(_COLOR_CHANGES)))
-    return Choice(
+    return BatchAugment(
         mix_chance < ranges.mix_probability,
         scale if scale_chance < ranges.scale_probability else 1.0,
         tuple(corner),
@@ -89,62 +97,98 @@ def draw_choice(rng: Generator, ranges: Ranges) -> Choice:
 
 
 def draw_factors(rng: Generator, jitter: float) -> dict[str, float]:
-    """Amounts of an image's changes of color, by name. Brightness is added to, hue is in turns."""
+    """Draw the amounts of an image's color changes, by name. Brightness is an offset, hue is in turns."""
     widths = {"brightness": jitter, "contrast": jitter, "saturation": jitter / 2, "hue": jitter / 3}
     middle = {"brightness": 0.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
     return {name: float(rng.uniform(middle[name] - width, middle[name] + width)) for name, width in widths.items()}
 
 
-def view(
-    image: Tensor,
-    label: Tensor,
-    confidence: Tensor,
-    choice: Choice,
-    ranges: Ranges,
+# ---- views
+
+
+def augment_labeled(
+    batch: Batch, ranges: AugmentRanges, purpose: str, config: Config, run: Run
+) -> tuple[Tensor, Tensor]:
+    """Weak view of a labeled batch: image float [B,3,H,W] in [0,1] and label int64 [B,H,W].
+
+    Args:
+        batch: Images uint8 with labels.
+        ranges: Probabilities and ranges of the view.
+        purpose: Name of the view, part of the seed.
+    """
+    maps = (batch.image / 255, batch.label, torch.ones_like(batch.image[:, 0], dtype=torch.float32))
+    return _draw_view(maps, batch.positions, purpose, ranges, config, run)[:2]
+
+
+def augment_unlabeled(maps: Maps, positions: Sequence[int], use_classmix: bool, config: Config, run: Run) -> Maps:
+    """Two independent strong views of each image, next to each other: [2B,...].
+
+    Args:
+        maps: Image float [B,3,H,W] in [0,1], pseudo-label int64 [B,H,W] and confidence [B,H,W].
+        positions: Positions of the images in their stream, which seed the random numbers.
+        use_classmix: ClassMix has started.
+    """
+    ranges = STRONG if use_classmix else replace(STRONG, mix_probability=0.0)
+    views = [_draw_view(maps, positions, f"strong view {number}", ranges, config, run) for number in (1, 2)]
+    return tuple(torch.stack(pair, dim=1).flatten(0, 1) for pair in zip(*views))
+
+
+def _draw_view(
+    maps: Maps, positions: Sequence[int], purpose: str, ranges: AugmentRanges, config: Config, run: Run
+) -> Maps:
+    seed = config.run.seed
+    # Position of the first image over all processes: those of lower rank hold the positions before this one's.
+    start = positions[0] - run.rank * len(positions)
+    parameters = draw_batch_augment(generator(seed, f"{purpose}, the batch", start), ranges)
+    rngs = generators(seed, purpose, positions)
+    return apply_view(maps, parameters, ranges, rngs, config.method.mix_background, run.from_next_process)
+
+
+def apply_view(
+    maps: Maps,
+    parameters: BatchAugment,
+    ranges: AugmentRanges,
     rngs: Sequence[Generator],
     with_background: bool,
     from_next: Callable[..., tuple[Tensor, ...]],
 ) -> Maps:
-    """One view of a batch, all of [B,...,H,W].
+    """Apply one view to a batch; shapes stay the same.
 
     Args:
-        image: float in [0, 1], [B,3,H,W].
-        label: int64 [B,H,W].
-        confidence: [B,H,W].
-        choice: Of the whole batch, over all processes.
-        ranges: Of the colors.
-        rngs: One generator an image.
-        with_background: Whether class 0 is mixed like any other.
-        from_next: The tensors with which the next process calls it: images mix with the next one of all processes.
+        maps: Image float [B,3,H,W] in [0, 1], label int64 [B,H,W] and confidence [B,H,W].
+        parameters: Parameters of the whole batch, over all processes.
+        ranges: Range of the color changes.
+        rngs: One generator per image.
+        with_background: ClassMix pastes class 0 like any other.
+        from_next: Returns the tensors with which the next process calls it, because ClassMix pastes the next image of
+            the whole batch.
     """
     keys = np.stack([draw_class_keys(rng) for rng in rngs])
     factors = [draw_factors(rng, ranges.jitter) for rng in rngs]
-    if choice.mixes:
-        mask = class_mask(label, to_device(keys, label.device), with_background)
-        following = from_next(*(values[0] for values in (image, label, confidence, mask)))
-        image, label, confidence = class_mix(image, label, confidence, mask, following)
-    if choice.scale != 1:
-        image, label, confidence = rescale(image, label, confidence, choice)
-    if choice.flips:
-        image, label, confidence = (values.flip(-1) for values in (image, label, confidence))
-    for name in choice.colors:
+    if parameters.is_mixed:
+        mask = class_mask(maps[1], to_device(keys, maps[1].device), with_background)
+        maps = class_mix(*maps, mask, from_next(*(values[0] for values in (*maps, mask))))
+    if parameters.scale != 1:
+        maps = rescale(*maps, parameters)
+    image, label, confidence = (values.flip(-1) for values in maps) if parameters.is_flipped else maps
+    for name in parameters.colors:
         image = _COLOR_CHANGES[name](image, [own[name] for own in factors])
-    return (blur(image) if choice.blurs else image), label, confidence
+    return (blur(image) if parameters.is_blurred else image), label, confidence
 
 
 # ---- ClassMix
 
 
 def class_mask(label: Tensor, keys: Tensor, with_background: bool) -> Tensor:
-    """bool [B,H,W]: True on n // 2 + 1 of the n classes of each image, those of the lowest keys.
+    """Select n // 2 + 1 of the n classes in each image, those with the lowest keys; a bool mask [B,H,W].
 
-    Ignored pixels are a class only where there is no other, the background (0) only where there is none besides these
-    two or `with_background`.
+    `common.augment.mixing.class_mask` takes n // 2, ignored pixels and background included. Here ignored pixels count
+    as a class only in images without any other, and class 0 only in images with nothing else besides ignored pixels.
 
     Args:
         label: int64 [B,H,W].
-        keys: int64 [B,256], ranks of all values.
-        with_background: See above.
+        keys: int64 [B,256], a random rank per label value.
+        with_background: Class 0 counts like any other.
     """
     values = label.flatten(1)
     present = torch.zeros_like(keys, dtype=torch.bool).scatter_(1, values, True)
@@ -157,18 +201,18 @@ def class_mask(label: Tensor, keys: Tensor, with_background: bool) -> Tensor:
 
 
 def number_chosen(candidates):
-    """How many classes of so many are pasted."""
+    """Number of classes to paste, from the number of candidates."""
     return candidates // 2 + 1
 
 
 def class_mix(image: Tensor, label: Tensor, confidence: Tensor, mask: Tensor, following: tuple[Tensor, ...]) -> Maps:
-    """Paste what `mask` [B,H,W] shows of each image into the one before it.
+    """Paste the pixels of each image inside `mask` into the image before it.
 
     Args:
         image, label, confidence: [B,...,H,W].
         mask: bool [B,H,W].
-        following: Image, label, confidence and mask [...,H,W] that come after this batch: those of its first image, or
-            of the next process's.
+        following: Image, label, confidence and mask [...,H,W] that follow the last image: those of the next process's
+            first image, with one process of this batch's.
     """
     own = (image, label, confidence, mask)
     partners = [torch.cat((values[1:], first.unsqueeze(0))) for values, first in zip(own, following, strict=True)]
@@ -178,19 +222,19 @@ def class_mix(image: Tensor, label: Tensor, confidence: Tensor, mask: Tensor, fo
 # ---- scale and crop
 
 
-def rescale(image: Tensor, label: Tensor, confidence: Tensor, choice: Choice) -> Maps:
-    """Another scale at the same size: what is smaller is padded (black, ignored, confidence 0), what is larger cropped.
+def rescale(image: Tensor, label: Tensor, confidence: Tensor, parameters: BatchAugment) -> Maps:
+    """Resize by `parameters.scale`, then crop at `parameters.corner` or pad (black, ignored, confidence 0) to the size.
 
-    The crop begins at `choice.corner`. The odd pixel of the padding is at the right, but at the top, as released.
+    An odd pixel of padding goes to the right and to the top, as released.
     """
     height, width = image.shape[-2:]
-    size = (int(height * choice.scale), int(width * choice.scale))
+    size = (int(height * parameters.scale), int(width * parameters.scale))
     resize = {"size": size, "mode": "bilinear", "align_corners": True}
     image = F.interpolate(image, **resize)
     confidence = F.interpolate(confidence.unsqueeze(1), **resize).squeeze(1)
     label = F.interpolate(label.unsqueeze(1).float(), size, mode="nearest").squeeze(1).long()
-    if choice.scale > 1:
-        top, left = (int(s * (big - side + 1)) for s, big, side in zip(choice.corner, size, (height, width)))
+    if parameters.scale > 1:
+        top, left = (int(s * (big - side + 1)) for s, big, side in zip(parameters.corner, size, (height, width)))
         inside = (..., slice(top, top + height), slice(left, left + width))
         return image[inside], label[inside], confidence[inside]
     down, right = height - size[0], width - size[1]
@@ -202,17 +246,17 @@ def rescale(image: Tensor, label: Tensor, confidence: Tensor, choice: Choice) ->
 
 
 def _brightness(image: Tensor, amounts: Sequence[float]) -> Tensor:
-    """Added, as Kornia does: torchvision multiplies."""
+    """Add the amount, as Kornia does; torchvision multiplies."""
     return (image + _column(amounts, image)).clamp(0, 1)
 
 
 def _contrast(image: Tensor, amounts: Sequence[float]) -> Tensor:
-    """Multiplied, as Kornia does: torchvision stretches about the mean."""
+    """Multiply by the amount, as Kornia does; torchvision stretches around the mean."""
     return (image * _column(amounts, image)).clamp(0, 1)
 
 
 def _saturation(image: Tensor, amounts: Sequence[float]) -> Tensor:
-    """The lowest channel's distance from the highest one times the factor, at most the highest; hue and value stay."""
+    """Multiply HSV saturation by the amount, clamped to 1; hue and value stay the same."""
     highest, lowest = image.amax(1, keepdim=True), image.amin(1, keepdim=True)
     spread = (highest - lowest).clamp(min=torch.finfo(image.dtype).tiny)
     factor = torch.minimum(_column(amounts, image), highest / spread)
@@ -227,91 +271,51 @@ _COLOR_CHANGES = {"brightness": _brightness, "contrast": _contrast, "saturation"
 
 
 def _column(amounts: Sequence[float], image: Tensor) -> Tensor:
-    """[B,1,1,1]."""
+    """Amounts per image as a tensor [B,1,1,1]."""
     return to_device(np.array(amounts, np.float32), image.device).to(image.dtype).view(-1, 1, 1, 1)
 
 
 def blur(image: Tensor) -> Tensor:
-    """Along the rows alone, sigma 1.5: the release gives Kornia its two sigmas as those of the axes, 0.1 and 1.5."""
+    """Blur [B,3,H,W] horizontally, sigma 1.5.
+
+    The release passes the sigma range (0.1, 1.5) to Kornia, which reads it as the sigmas of the two axes; vertically
+    0.1 blurs nothing.
+    """
     reach = BLUR_TAPS // 2
-    place = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)
-    taps = torch.exp(-(place / BLUR_SIGMA).square() / 2)
+    offset = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)
+    taps = torch.exp(-(offset / BLUR_SIGMA).square() / 2)
     kernel = (taps / taps.sum()).view(1, 1, 1, -1)
     channels = image.flatten(0, 1).unsqueeze(1)
     return F.conv2d(F.pad(channels, (reach, reach, 0, 0), mode="reflect"), kernel).view_as(image)
 
 
+# ---- crop, before the device
+
+
 @dataclass(frozen=True)
 class BlackCrop:
-    """A random crop; what an image is too small for is black and ignored.
+    """A random crop; images that are too small are padded with black, ignored pixels.
 
     Attributes:
         crop_size: Height and width of the result, pixels.
-        scale_range: Of the uniform random scale.
+        scale_range: Range of the uniform random scale.
     """
 
     crop_size: tuple[int, int]
     scale_range: tuple[float, float]
 
     def __call__(self, image: Tensor, label: Tensor | None, rng: np.random.Generator) -> tuple[Tensor, Tensor | None]:
-        """uint8 [3,H,W] and [H,W] -> the same at the size of the crop."""
+        """Crop uint8 image [3,H,W] and label [H,W]."""
         geometry = draw_geometry(rng, image.shape[-2:], self.crop_size, self.scale_range)
         image, label, _ = apply_geometry(image, label, None, geometry, self.crop_size)
-        # Nothing of the source is written to: where there is padding, the crop is a copy.
+        # Where there is padding the crop is a copy, so this does not write to the source.
         image[:, geometry.height :] = 0
         image[:, :, geometry.width :] = 0
         return image, label
 
 
 def crop_of(config: Config) -> BlackCrop:
-    """The crop of labeled and unlabeled images."""
+    """Build the crop of labeled and unlabeled images."""
     factor = 0.5 if config.method.half_size else 1.0
     low, high = config.data.scale_range
     return BlackCrop(config.data.crop_size, (factor * low, factor * high))
-
-
-def draw_view(
-    image: Tensor,
-    label: Tensor,
-    confidence: Tensor | None,
-    positions: list[int],
-    purpose: str,
-    ranges: Ranges,
-    config: Config,
-    run: Run,
-) -> Maps:
-    """A view of a batch; what is common to its images is also common to those of other processes.
-
-    Args:
-        image: uint8, or float in [0, 1], [B,3,H,W].
-        label: int64 [B,H,W].
-        confidence: [B,H,W]; None counts as 1 everywhere.
-        positions: What the random numbers of each image follow from.
-        purpose: Name of the view.
-        ranges: What is drawn from.
-    """
-    seed = config.run.seed
-    # The first position of the whole batch: this process's first one, less those of the processes before it.
-    start = positions[0] - run.rank * len(positions)
-    choice = draw_choice(generator(seed, f"{purpose}, the batch", start), ranges)
-    image = image if image.is_floating_point() else image / 255
-    confidence = torch.ones_like(image[:, 0]) if confidence is None else confidence
-    rngs = generators(seed, purpose, positions)
-    background = config.method.mix_background
-    return view(image, label, confidence, choice, ranges, rngs, background, run.from_next_process)
-
-
-def strong_views(
-    image: Tensor, label: Tensor, confidence: Tensor, positions: list[int], mixes: bool, config: Config, run: Run
-) -> Maps:
-    """Two independent strong views of each image, next to each other: [2B,...]; arguments as `draw_view`.
-
-    Args:
-        mixes: Whether ClassMix has begun.
-    """
-    ranges = STRONG if mixes else replace(STRONG, mix_probability=0.0)
-    views = [
-        draw_view(image, label, confidence, positions, f"strong view {number}", ranges, config, run)
-        for number in (1, 2)
-    ]
-    return tuple(torch.stack(maps, dim=1).flatten(0, 1) for maps in zip(*views))

@@ -1,4 +1,4 @@
-"""The trained network, its pseudo-labels and the embeddings it offers the bank."""
+"""The trained network, its pseudo-labels, and the embeddings that may enter the bank."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from common import IGNORE
 from common.config.sections import ModelConfig
+from common.engine.run import Run
 from common.evaluation.inference import evaluation_mode
+from common.images import normalize
 from common.losses import upsample
 from common.models import build_network
 from memory_bank.bank import correct_and_confident, nearest_labels
@@ -18,13 +20,13 @@ from memory_bank.processes import summed
 
 
 class MemoryBankNetwork(nn.Module):
-    """Everything that is trained: a DeepLab, and heads and selectors on rows of its features.
+    """The trained network: a DeepLab and, on its features, heads and selectors.
 
-    Scale and shift of the backbone's batch norms stay what they are; their statistics go on.
+    The backbone's batch norms keep their initial scale and shift; their running statistics are updated.
 
     Args:
         model: The config's `model` section.
-        embedding_dim: Length F of a row in the bank.
+        embedding_dim: Length F of an embedding.
     """
 
     def __init__(self, model: ModelConfig, embedding_dim: int) -> None:
@@ -35,72 +37,77 @@ class MemoryBankNetwork(nn.Module):
                 module.requires_grad_(False)
         self.heads = Heads(self.segmenter.feature_channels, model.num_classes, embedding_dim)
 
-    def forward(self, images: dict[str, Tensor], labels: dict[str, Tensor] | None) -> dict[str, dict[str, Tensor]]:
-        """One forward a step; batches pass apart, which keeps the paper's batch-norm statistics.
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Parameters for the optimizer."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def forward(self, images: dict[str, Tensor], labels: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Run the one forward of a step; separate passes of the batches keep the paper's batch-norm statistics.
 
         Args:
-            images: Normalized images [B,3,H,W] by name, in the order in which they pass.
-            labels: int64 [B,H,W] by the same names, in the order in which their rows pass the heads; None before the
-                contrastive loss begins.
+            images: Normalized images [B,3,H,W] by name, in the order of their forward passes.
+            labels: int64 [B,H,W] by the same names, in the order in which their embeddings pass the heads; None before
+                the contrastive loss starts.
 
         Returns:
-            `logits`: [B,C,h,w] by name. `rows`: [B*h*w,F] and `classes`: int64 [B*h*w] by name, for the contrastive
-            loss. `idle`: a zero that depends on heads and selectors, from which processes wait for gradients.
+            For each name of `images` its logits [B,C,h,w]; for each name of `labels` also `<name>_embeddings`
+            [B*h*w,F] and `<name>_classes` int64 [B*h*w]. `idle` is a zero, which without labels depends on heads and
+            selectors, because distributed processes wait for the gradient of every parameter.
         """
         features = {name: self.segmenter.features(image) for name, image in images.items()}
-        logits = {name: self.segmenter.classifier(feature) for name, feature in features.items()}
+        output = {name: self.segmenter.classifier(feature) for name, feature in features.items()}
         if labels is None:
-            learning = [parameter.sum() for parameter in self.heads.parameters() if parameter.requires_grad]
-            return {"logits": logits, "idle": {"heads": 0.0 * torch.stack(learning).sum()}}
-        small = {name: nearest_labels(label, features[name].shape[-2:]) for name, label in labels.items()}
-        rows = {name: self.heads(features[name], label) for name, label in small.items()}
-        return {"logits": logits, "rows": rows, "classes": {name: label.flatten() for name, label in small.items()}}
-
-
-@torch.no_grad()
-def pseudo_labels(
-    network: MemoryBankNetwork, image: Tensor, size: tuple[int, int], autocast: Callable
-) -> tuple[Tensor, Tensor]:
-    """Class [B,H,W] and its probability [B,H,W] for normalized images, in the mode the network is in."""
-    with autocast():
-        logits = network.segmenter(image)
-    confidence, pseudo_label = upsample(logits, size, network.segmenter.align_corners).softmax(1).max(1)
-    return pseudo_label, confidence
-
-
-@torch.no_grad()
-def rows_for_bank(
-    network: MemoryBankNetwork, image: Tensor, label: Tensor, threshold: float, autocast: Callable
-) -> tuple[Tensor, Tensor]:
-    """What labeled images offer the bank, in the mode the network is in.
-
-    Args:
-        network: The teacher, or the student.
-        image: Normalized, [B,3,H,W].
-        label: int64 [B,H,W].
-        threshold: See `correct_and_confident`.
-        autocast: Mixed precision.
-
-    Returns:
-        Rows [B*h*w,F] and their classes [B*h*w], 255 for those that may not enter. A single row on all processes does
-        not: nothing can normalize it.
-    """
-    with autocast():
-        feature = network.segmenter.features(image)
-        logits = network.segmenter.classifier(feature)
-    classes = correct_and_confident(logits, label, threshold, network.segmenter.align_corners).flatten()
-    enough = summed((classes != IGNORE).sum()) > 1
-    classes = torch.where(enough, classes, IGNORE)
-    with autocast():
-        rows = network.heads.projection(rows_of(feature), classes != IGNORE)
-    return rows.float(), classes
+            sums = [parameter.sum() for parameter in self.heads.parameters() if parameter.requires_grad]
+            return output | {"idle": 0.0 * torch.stack(sums).sum()}
+        for name, label in labels.items():
+            small = nearest_labels(label, features[name].shape[-2:])
+            output[f"{name}_embeddings"] = self.heads(features[name], small)
+            output[f"{name}_classes"] = small.flatten()
+        return output | {"idle": torch.zeros((), device=small.device)}
 
 
 @contextmanager
-def labeler(student: MemoryBankNetwork, teacher: MemoryBankNetwork, config: Config) -> Iterator[MemoryBankNetwork]:
-    """The network that gives pseudo-labels and rows for the bank: the teacher as it is, or the student evaluating."""
+def labeling_network(student: MemoryBankNetwork, teacher: MemoryBankNetwork, config: Config) -> Iterator:
+    """Yield the network for pseudo-labels and bank candidates: the teacher, or the student in evaluation mode."""
     if config.method.use_teacher_train:
         yield teacher
         return
     with evaluation_mode(student):
         yield student
+
+
+@torch.no_grad()
+def pseudo_labels(network: MemoryBankNetwork, image: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    """The class [B,H,W] and its probability [B,H,W] for images in [0,1]. Does not change the network's mode."""
+    with run.autocast():
+        logits = network.segmenter(normalize(image))
+    probability = upsample(logits, image.shape[-2:], network.segmenter.align_corners).softmax(1)
+    confidence, pseudo_label = probability.max(1)
+    return pseudo_label, confidence
+
+
+@torch.no_grad()
+def bank_candidates(
+    network: MemoryBankNetwork, image: Tensor, label: Tensor, threshold: float, autocast: Callable
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of labeled pixels that may enter the bank. Does not change the network's mode.
+
+    Args:
+        network: The labeling network.
+        image: Normalized, [B,3,H,W].
+        label: int64 [B,H,W].
+        threshold: Probability in [0,1], see `correct_and_confident`.
+        autocast: Context manager for mixed precision.
+
+    Returns:
+        Embeddings [B*h*w,F] and their classes [B*h*w], 255 where an embedding may not enter. A single candidate over
+        all processes is dropped, because batch norm needs two.
+    """
+    with autocast():
+        feature = network.segmenter.features(image)
+        logits = network.segmenter.classifier(feature)
+    classes = correct_and_confident(logits, label, threshold, network.segmenter.align_corners).flatten()
+    classes = torch.where(summed((classes != IGNORE).sum()) > 1, classes, IGNORE)
+    with autocast():
+        embeddings = network.heads.projection(rows_of(feature), classes != IGNORE)
+    return embeddings.float(), classes

@@ -1,4 +1,4 @@
-"""Sums and lists over processes, with gradients: what a batch norm of rows and a bank need of all of them."""
+"""Sums and gathers over processes, for batch norm over embeddings and for the bank."""
 
 import torch
 import torch.distributed as dist
@@ -6,17 +6,17 @@ from torch import Tensor
 
 
 def count() -> int:
-    """How many processes train together."""
+    """Number of training processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over processes, the same on each; its gradient is the sum of theirs."""
+    """Sum over processes, the same on each. Differentiable: the gradient is the sum of all processes' gradients."""
     return values if count() == 1 else _Sum.apply(values)
 
 
 def gathered(values: Tensor) -> Tensor:
-    """[P,...], what each of the P processes gave."""
+    """Stack the tensors of all P processes: [P,...]. Not differentiable."""
     if count() == 1:
         return values.unsqueeze(0)
     parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(count())]

@@ -3,9 +3,10 @@ Bank (Alonso et al., ICCV 2021).
 
     accelerate launch memory_bank/train.py --config memory_bank/configs/demo.json     # built-in data, minutes on a CPU
 
-A mean teacher labels images, of which the student learns two strong views. Features of labeled pixels that the teacher
-gets right enter a bank of each class; the student's features of a class, weighed by a small network, are drawn to those
-in the bank. See memory_bank/README.md for every departure from the released code.
+A mean teacher pseudo-labels images, of which the student learns two strong views. Features of labeled pixels that the
+teacher classifies correctly and confidently enter a memory bank per class; the contrastive loss pulls the student's
+features of a class, weighted by a small network, towards those in the bank. See memory_bank/README.md for every
+departure from the released code.
 """
 
 from torch.profiler import record_function
@@ -13,27 +14,25 @@ from torch.profiler import record_function
 from common.config import parse
 from common.engine.run import Run
 from common.errors import report_errors
-from common.loaders import Batch, StepBatches, open_data
-from common.optim import poly, set_lr
-from memory_bank.augment import WEAK
-from memory_bank.config import Config
-from memory_bank.losses import teacher_decay
+from common.evaluation.evaluate import evaluate_run, save_panel
+from common.images import normalize
+from common.loaders import Batch, StepBatches, TrainingImages, open_data
+from common.losses import upsample
+from common.mean_teacher import make_teacher, update_teacher
+from common.optim import build_optimizer, poly, set_lr
+from memory_bank.augment import WEAK, augment_labeled, augment_unlabeled, crop_of
+from memory_bank.config import Config, protocol_of
+from memory_bank.losses import entropy_loss, pseudo_label_loss, ramp, supervised_loss, teacher_decay
+from memory_bank.network import MemoryBankNetwork, bank_candidates, labeling_network, pseudo_labels
 from memory_bank.training import (
-    assemble,
-    bank_filled,
-    class_weight,
-    fill_bank,
-    finish,
-    guess_labels,
-    images_of,
-    labeled_terms,
-    labeled_view,
-    learn,
-    take_stock,
+    REFRESHED,
+    build,
+    contrastive_term,
+    max_new_per_class,
+    refresh_batch_norm,
+    restart_from_best,
+    steps_per_epoch,
     unlabeled_share,
-    unlabeled_terms,
-    unlabeled_views,
-    with_total,
 )
 
 
@@ -48,48 +47,97 @@ def train(config: Config, run: Run) -> None:
     optim, method = config.optim, config.method
 
     reader, split = open_data(config, run.accelerator)
-    run.set_length(max(1, len(split.labeled) // optim.batch_size))
-    labeled_images = images_of(reader, split.labeled, "labeled", config, with_label=True)
-    unlabeled_images = images_of(reader, split.unlabeled, "unlabeled", config, with_label=False)
-    share = unlabeled_share(config, run)
+    run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
+    cropped = crop_of(config)
+    labeled_images = TrainingImages(reader, split.labeled, cropped, config.run.seed, "labeled", with_label=True)
+    unlabeled_images = TrainingImages(reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
+    share, max_new = unlabeled_share(config, run), max_new_per_class(config, split)
 
-    parts = assemble(config, run, reader, split)
-    network, bank, balance = parts.network, parts.bank, parts.balance
+    network = MemoryBankNetwork(config.model, method.embedding_dim)
+    teacher = run.to_device(make_teacher(network))
+    state = build(network, teacher, split, config, run)
+    bank, balance, restart = state.bank, state.balance, state.restart
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": network.trained_parameters()}]))
+
+    run.resume(model=state.evaluated, extra=state.extra, optimizer=optimizer)
+
+    def score() -> None:
+        run.log_scores(evaluate_run(state.evaluated, reader, split, run, protocol_of(config)))
+        save_panel(state.evaluated, reader, split, run, protocol=protocol_of(config))
+        restart.schedule(run, method.patience)
+
+    if run.evaluation_due:  # resumed after an interrupted evaluation
+        score()
+        run.save()
+    if restart.due:
+        restart_from_best(state, config, run)
     labeled_batches = StepBatches(labeled_images, run)
     unlabeled_batches = StepBatches(unlabeled_images, run, batch_size=share)
 
     for step in run.steps():
-        set_lr(parts.optimizer, poly(step, run.total, optim.poly_power))
-        use_contrast, fill_bank_now = step > method.contrast_start, step > method.bank_start
-        for part in run.accumulate(parts.wrapped):
+        set_lr(optimizer, poly(step, run.total, optim.poly_power))
+        use_contrast, fill_bank = step > method.contrast_start, step > method.bank_start
+        weight = method.contrast_weight
+        for part in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
                 unlabeled: Batch = next(unlabeled_batches)
-            with record_function("teacher"):
-                guess = guess_labels(parts, unlabeled, config, run)
+            with record_function("teacher"), labeling_network(network, teacher, config) as labeling:
+                weak_image = unlabeled.image.float() / 255
+                weak_label, weak_confidence = pseudo_labels(labeling, weak_image, run)
                 balance.add_labeled(step, labeled.label, part)
-                balance.add_unlabeled(step, guess[0], part)
+                balance.add_unlabeled(step, weak_label, part)
             with record_function("augmentation"):
-                image, label = labeled_view(labeled, WEAK, "weak view", config, run)
-                strong, pseudo_label, confidence = unlabeled_views(unlabeled, guess, use_contrast, config, run)
+                labeled_image, label = augment_labeled(labeled, WEAK, "weak view", config, run)
+                image, pseudo_label, confidence = augment_unlabeled(
+                    (weak_image, weak_label, weak_confidence), unlabeled.positions, use_contrast, config, run
+                )
             with record_function("student"):
-                labels = {"labeled": label, "unlabeled": pseudo_label} if use_contrast else None
-                output = parts.wrapped({"unlabeled": strong, "labeled": image}, labels)
-            if fill_bank_now:
-                fill_bank(parts, image, label, config, run)
+                images = {"unlabeled": normalize(image), "labeled": normalize(labeled_image)}
+                output = wrapped(images, {"labeled": label, "unlabeled": pseudo_label} if use_contrast else None)
+            if fill_bank:
+                with record_function("bank"), labeling_network(network, teacher, config) as labeling:
+                    threshold, lowest = method.bank_threshold, method.bank_ranking == "lowest"
+                    candidates = bank_candidates(labeling, images["labeled"], label, threshold, run.autocast)
+                    bank.update(*candidates, teacher.heads.selectors, max_new, lowest)
             with record_function("losses"):
-                weight = class_weight(parts, step + 1, use_contrast, method)
-                terms = labeled_terms(output, label, weight, bank, network)
-                terms |= unlabeled_terms(output, pseudo_label, confidence, weight, bank, network, step, method)
-                losses = with_total(terms, output, method.contrast_weight, method)
+                size, corners = label.shape[-2:], network.segmenter.align_corners
+                class_weight = balance.weights(step + 1) if method.class_balance and use_contrast else balance.ones()
+                supervised = supervised_loss(upsample(output["labeled"], size, corners), label, class_weight)
+                contrast_labeled = contrastive_term("labeled", output, bank, network)
+                unlabeled_logits = upsample(output["unlabeled"], size, corners)
+                power, rampup = method.confidence_power, ramp(step, method.ramp_steps)
+                pseudo = rampup * pseudo_label_loss(unlabeled_logits, pseudo_label, confidence, class_weight, power)
+                entropy = entropy_loss(unlabeled_logits, pseudo_label, method.entropy_broadcast)
+                contrast_unlabeled = contrastive_term("unlabeled", output, bank, network)
+                loss = supervised + weight * contrast_labeled + pseudo + method.entropy_weight * entropy
+                loss = loss + weight * contrast_unlabeled
             with record_function("backward"):
-                run.backward(losses["loss"])
-        learn(parts, losses, teacher_decay(step, run.total, method.alpha), use_contrast, run)
+                run.backward(loss)
+        with record_function("optimizer"):
+            losses = {"loss": loss, "loss_supervised": supervised, "loss_pseudo": pseudo, "entropy": entropy}
+            if use_contrast:
+                losses |= {"contrast_labeled": contrast_labeled, "contrast_unlabeled": contrast_unlabeled}
+            else:
+                network.heads.zero_grad()  # no weight decay before the heads learn
+            stepped = run.step_optimizer(optimizer, losses)
+        with record_function("teacher update"):
+            if stepped:
+                update_teacher(teacher, network, teacher_decay(step, run.total, method.alpha))
+                run.share_statistics(network, teacher)
 
-        logged = losses | {"bank_filled": bank_filled(parts), "lr": parts.optimizer.param_groups[0]["lr"]}
-        run.finish_step(logged, images=optim.batch_size + method.unlabeled_batch(optim.batch_size))
-        take_stock(parts, config, run)
-    finish(parts, unlabeled_batches, config, run)
+        run.finish_step(
+            losses
+            | {"bank_filled": bank.filled.float().mean() / method.bank_size, "lr": optimizer.param_groups[0]["lr"]},
+            images=optim.batch_size + method.unlabeled_batch(optim.batch_size),
+        )
+        if is_evaluated := run.evaluation_due:
+            score()
+        run.save()
+        if is_evaluated and restart.due:
+            restart_from_best(state, config, run)
+    refresh_batch_norm(state, reader, split, unlabeled_batches, config, run)
+    run.finish(REFRESHED)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import IGNORE
-from memory_bank.augment import STRONG, Choice, draw_choice, rescale, view
+from memory_bank.augment import STRONG, BatchAugment, apply_view, draw_batch_augment, rescale
 from memory_bank.bank import Bank, correct_and_confident
 from memory_bank.heads import BLOCK, SLOPE, Head, RowNorm, Selectors
 from memory_bank.losses import ClassBalance, contrastive_loss, entropy_loss, pseudo_label_loss, supervised_loss
@@ -183,9 +183,11 @@ class BlockingCopies(TorchDispatchMode):
 def test_no_view_waits_for_the_device():
     maps = (torch.empty(2, 3, 32, 32), torch.empty(2, 32, 32, dtype=torch.int64), torch.empty(2, 32, 32))
     maps = tuple(values.to("meta") for values in maps)
-    everything = Choice(True, 1.3, (0.2, 0.4), True, ("hue", "contrast", "saturation", "brightness"), True)
+    everything = BatchAugment(True, 1.3, (0.2, 0.4), True, ("hue", "contrast", "saturation", "brightness"), True)
     with BlockingCopies() as copies:
-        found = view(*maps, everything, STRONG, [np.random.default_rng(i) for i in range(2)], False, lambda *own: own)
+        found = apply_view(
+            maps, everything, STRONG, [np.random.default_rng(i) for i in range(2)], False, lambda *own: own
+        )
     assert not copies.found
     assert [values.shape for values in found] == [values.shape for values in maps]
 
@@ -198,18 +200,20 @@ def test_any_scale_and_corner_keep_the_size():
     )
     for scale in (0.75, 0.81, 0.999, 1.001, 1.75):
         for corner in (0.0, 0.999999):
-            maps = rescale(image, label, confidence, Choice(scale=scale, corner=(corner, corner)))
+            maps = rescale(image, label, confidence, BatchAugment(scale=scale, corner=(corner, corner)))
             assert [tuple(values.shape[-2:]) for values in maps] == [(20, 30)] * 3
             assert (maps[1] == IGNORE).equal(maps[2] == 0)
 
 
 def test_choices_have_the_stated_probabilities():
-    drawn = [draw_choice(np.random.default_rng(seed), STRONG) for seed in range(2000)]
+    drawn = [draw_batch_augment(np.random.default_rng(seed), STRONG) for seed in range(2000)]
     shares = {
-        "mixes": STRONG.mix_probability,
-        "flips": 0.5,
-        "blurs": STRONG.blur_probability,
+        "is_mixed": STRONG.mix_probability,
+        "is_flipped": 0.5,
+        "is_blurred": STRONG.blur_probability,
     }
     for name, want in shares.items():
-        assert sum(getattr(choice, name) for choice in drawn) / 2000 == pytest.approx(want, abs=0.05)
-    assert sum(bool(choice.colors) for choice in drawn) / 2000 == pytest.approx(STRONG.jitter_probability, abs=0.05)
+        assert sum(getattr(parameters, name) for parameters in drawn) / 2000 == pytest.approx(want, abs=0.05)
+    assert sum(bool(parameters.colors) for parameters in drawn) / 2000 == pytest.approx(
+        STRONG.jitter_probability, abs=0.05
+    )

@@ -39,7 +39,6 @@ from common.optim import poly
 from common.released.weights import MEMORY_BANK, MEMORY_BANK_HEADS, deeplab_from_memory_bank
 from common.splits.orders import random_order, read_order
 from memory_bank import augment as views
-from memory_bank import config as setting
 from memory_bank.augment import BlackCrop
 from memory_bank.bank import Bank, nearest_labels
 from memory_bank.config import Config, Method
@@ -54,9 +53,9 @@ from memory_bank.losses import (
     supervised_loss,
     teacher_decay,
 )
-from memory_bank.network import MemoryBankNetwork, rows_for_bank
+from memory_bank.network import MemoryBankNetwork, bank_candidates, labeling_network
 from memory_bank.released import HEADS, MEANS, SELECTORS, STACKED, heads_from_released
-from memory_bank.training import labeled_terms, unlabeled_terms, with_total
+from memory_bank.training import contrastive_term
 
 VOC_FACTOR = 7  # rows that enter the bank at once: 21 / 3
 
@@ -310,17 +309,19 @@ def check_geometry(path: Path) -> None:
     maps = g["data"].float(), label, g["probs"]
     for case in range(int(g["n"])):
         own = part(g, f"{case}/")
-        choice = views.Choice(scale=float(own["scale"]))
+        choice = views.BatchAugment(scale=float(own["scale"]))
         drawn = own["randint_first_is_column_second_is_row"].tolist()
         if drawn:
             # A share in the middle of the place that was drawn.
             column, row = ((value + 0.5) / (int(most) + 1) for value, (_, most) in zip(drawn, own["randint_ranges"]))
-            choice = views.Choice(scale=float(own["scale"]), corner=(row, column))
+            choice = views.BatchAugment(scale=float(own["scale"]), corner=(row, column))
         image, ours, confidence = views.rescale(*maps, choice) if choice.scale != 1 else maps
         close(image[:, :1], own["data"], rtol=0, atol=1e-3)
         assert_close(ours, to_label(own["labels"], 250))
         close(confidence, own["probs"], rtol=0, atol=1e-5)
-    flipped = views.view(*maps, views.Choice(flips=True), views.WEAK, [np.random.default_rng(0)] * 2, True, None)
+    flipped = views.apply_view(
+        maps, views.BatchAugment(is_flipped=True), views.WEAK, [np.random.default_rng(0)] * 2, True, None
+    )
     close(flipped[0][:, :1], g["flip/data"], rtol=0, atol=1e-3)
     assert_close(flipped[1], to_label(g["flip/labels"], 250))
     close(flipped[2], g["flip/probs"], rtol=0, atol=1e-5)
@@ -367,12 +368,11 @@ def check_augment_statistics(path: Path) -> None:
         rows = []
         for draw in range(draws):
             rngs = [np.random.default_rng([draw, index]) for index in range(len(image))]
-            drawn = views.draw_choice(np.random.default_rng([draw, 99]), ranges)
+            drawn = views.draw_batch_augment(np.random.default_rng([draw, 99]), ranges)
             # The file's own gate: all batches are mixed, or none.
-            choice = views.Choice(**{**vars(drawn), "mixes": mixing == "mix"})
-            maps = views.view(
-                image, label, g["probs"], choice, ranges, rngs, dataset != "pascal_voc", lambda *first: first
-            )
+            choice = views.BatchAugment(**{**vars(drawn), "is_mixed": mixing == "mix"})
+            maps = (image, label, g["probs"])
+            maps = views.apply_view(maps, choice, ranges, rngs, dataset != "pascal_voc", lambda *first: first)
             rows.append(statistics_of(*maps, choice))
         ours = torch.tensor(rows, dtype=torch.float64)
         error = torch.sqrt(ours.var(0) / draws + g[f"{name}/stderr"] ** 2)
@@ -383,7 +383,7 @@ def check_augment_statistics(path: Path) -> None:
             assert difference[index] <= 4 * error[index] + 1e-9, (name, column, ours.mean(0)[index])
 
 
-def statistics_of(image: Tensor, label: Tensor, confidence: Tensor, choice: views.Choice) -> list[float]:
+def statistics_of(image: Tensor, label: Tensor, confidence: Tensor, choice: views.BatchAugment) -> list[float]:
     image = image * 255
     step = (image[:, 1:, :, 1:] - image[:, 1:, :, :-1]).abs().mean()
     values = [
@@ -394,7 +394,7 @@ def statistics_of(image: Tensor, label: Tensor, confidence: Tensor, choice: view
         (label == 0).float().mean(),
         image[:, 1].mean(),
     ]
-    gates = [choice.flips, bool(choice.colors), choice.blurs, choice.scale != 1, choice.scale]
+    gates = [choice.is_flipped, bool(choice.colors), choice.is_blurred, choice.scale != 1, choice.scale]
     return [*(float(value) for value in values), *map(float, gates), float(step)]
 
 
@@ -701,8 +701,8 @@ def check_one_step(g: Golden, want: Golden, step: int) -> None:
     if step > config.method.bank_start:
         # Where the student gives the rows: the statistics of its heads are in ours those after this step's rows, of
         # which the release has not seen any yet.
-        with setting.labeler(student, teacher, config) as network, swapped_buffers(student.heads, before):
-            rows, classes = rows_for_bank(network, labeled, label, config.method.bank_threshold, nullcontext)
+        with labeling_network(student, teacher, config) as network, swapped_buffers(student.heads, before):
+            rows, classes = bank_candidates(network, labeled, label, config.method.bank_threshold, nullcontext)
         if "mask_correct_confident" in want:
             assert_close((classes != IGNORE).view_as(want["mask_correct_confident"]), want["mask_correct_confident"])
             assert_close(
@@ -712,10 +712,20 @@ def check_one_step(g: Golden, want: Golden, step: int) -> None:
         bank.update(rows, classes, teacher.heads.selectors, most_rows(g, len(labeled)))
     close_bank(bank, want, "memory_after/", {"rtol": 1e-4, "atol": 1e-5})
 
-    terms = labeled_terms(output, label, class_weight, bank, student)
-    guess = pseudo_label, g["joined_maxprobs"]
-    terms |= unlabeled_terms(output, *guess, class_weight, bank, student, step, config.method)
-    losses = with_total(terms, output, config.method.contrast_weight, config.method)
+    size, corners, method = label.shape[-2:], student.segmenter.align_corners, config.method
+    unlabeled_logits = upsample(output["unlabeled"], size, corners)
+    pseudo = pseudo_label_loss(
+        unlabeled_logits, pseudo_label, g["joined_maxprobs"], class_weight, method.confidence_power
+    )
+    losses = {
+        "loss_supervised": supervised_loss(upsample(output["labeled"], size, corners), label, class_weight),
+        "loss_pseudo": ramp(step, method.ramp_steps) * pseudo,
+        "entropy": entropy_loss(unlabeled_logits, pseudo_label, method.entropy_broadcast),
+    }
+    contrast = {f"contrast_{name}": contrastive_term(name, output, bank, student) for name in ("labeled", "unlabeled")}
+    weights = {"entropy": method.entropy_weight} | dict.fromkeys(contrast, method.contrast_weight)
+    losses["loss"] = sum(weights.get(name, 1.0) * loss for name, loss in (losses | contrast).items())
+    losses |= contrast if contrasts else {}
     names = {
         "labeled_loss": "loss_supervised",
         "loss_ce_unlabeled": "loss_pseudo",
