@@ -67,7 +67,9 @@ class MemoryBankNetwork(nn.Module):
 
 
 @contextmanager
-def labeling_network(student: MemoryBankNetwork, teacher: MemoryBankNetwork, config: Config) -> Iterator:
+def labeling_network(
+    student: MemoryBankNetwork, teacher: MemoryBankNetwork, config: Config
+) -> Iterator[MemoryBankNetwork]:
     """Yield the network for pseudo-labels and bank candidates: the teacher, or the student in evaluation mode."""
     if config.method.use_teacher_train:
         yield teacher
