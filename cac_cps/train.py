@@ -3,8 +3,9 @@
     accelerate launch cac_cps/train.py --config cac_cps/configs/voc_cac_deeplabv3+_resnet50_1over8_datalist0.json
     accelerate launch cac_cps/train.py --config cac_cps/configs/demo.json      # built-in data, minutes on a CPU
 
-Two crops of an unlabeled image share an area seen in two contexts. There the embedding of the less confident crop is
-drawn to that of the more confident one, and away from embeddings of other pseudo-classes in a bank over the past steps.
+Two overlapping crops of an unlabeled image show their common area in two contexts. There, the embedding of the less
+confident crop is attracted to that of the more confident one and repelled by embeddings of other pseudo-classes in a
+bank of past steps.
 See cac_cps/README.md for every departure from the released code, hardware and results.
 """
 
@@ -32,12 +33,12 @@ from common.losses import cross_entropy, upsample
 from common.models import build_network
 from common.optim import poly, set_lr
 
-EPOCHS = 80  # of the released runs
+EPOCHS = 80  # length of the released runs
 EMPTY = 255
 
 
 class CACNetwork(nn.Module):
-    """Everything that is trained: DeepLabV3+ and, on its decoder feature, the embedding of every 8 x 8 pixels.
+    """The trained network: DeepLabV3+ and, on its decoder feature, an embedding per cell of 8 x 8 pixels.
 
     Args:
         model: The config's `model` section.
@@ -54,16 +55,16 @@ class CACNetwork(nn.Module):
         )
 
     def forward(self, labeled: Tensor, views: Tensor | None = None) -> dict[str, Tensor]:
-        """One forward a step; labeled images and either view pass apart, which keeps the paper's batch norm.
+        """Run the one forward of a step; separate passes of labeled images and each view keep the paper's batch norm.
 
         Args:
-            labeled: [B,3,H,W], normalized.
-            views: [B,2,3,H,W], normalized; None in the steps that learn from labels alone.
+            labeled: Normalized images [B,3,H,W].
+            views: Normalized crops [B,2,3,H,W]; None in steps that learn from labels only.
 
         Returns:
-            `labeled`: logits [B,C,h,w]. With views also, for cells of 8 x 8 pixels, `embedding1`, `embedding2`:
-            [B,D,h,w] of length 1, and `logits1`, `logits2`: [B,C,h,w]; without, `nothing`: a zero that depends on the
-            projector, from which processes wait for gradients.
+            `labeled`: logits [B,C,h,w]. With views also, per cell of 8 x 8 pixels, `embedding1`, `embedding2`:
+            [B,D,h,w] of length 1, and `logits1`, `logits2`: [B,C,h,w]. Without views `nothing`: a zero that depends on
+            the projector, for whose gradients DDP waits.
         """
         output = {"labeled": self.segmenter(labeled)}
         if views is None:
@@ -76,11 +77,11 @@ class CACNetwork(nn.Module):
 
 
 class Bank(nn.Module):
-    """Embeddings and pseudo-classes of the latest passes, oldest first, the same on every process.
+    """Embeddings and pseudo-classes of the latest forward passes, oldest first, identical on all processes.
 
     Args:
-        passes: How many passes it holds.
-        rows: Rows of a pass, over both views and all processes.
+        passes: Number of passes held.
+        rows: Embeddings per pass, over both views and all processes.
         dims: Dimensions D of an embedding.
     """
 
@@ -92,7 +93,7 @@ class Bank(nn.Module):
         self.register_load_state_dict_post_hook(lambda bank, _: bank.recount())
 
     def push(self, embedding: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a pass ([rows,D] and [rows]), forget the oldest, and return all [M,D] and int64 [M]."""
+        """Add a pass ([rows,D] and [rows]), drop the oldest, and return all embeddings [M,D] and classes int64 [M]."""
         self.embedding = torch.cat([self.embedding[1:], embedding[None]])
         self.label = torch.cat([self.label[1:], label[None].to(torch.uint8)])
         self.filled = min(self.filled + 1, len(self.label))
@@ -100,12 +101,12 @@ class Bank(nn.Module):
         return self.embedding[kept].flatten(0, 1), self.label[kept].flatten().long()
 
     def recount(self) -> None:
-        """Find out how many passes it holds: after loading, or after a step was undone."""
+        """Count the passes held, after loading or after a step was undone."""
         self.filled = int((self.label[:, 0] != EMPTY).sum())
 
 
 def select_cells(cells: int, count: int, device: torch.device) -> Tensor | slice:
-    """`count` random ones of `cells` cells; all of them where that is the same number, as in the papers' settings."""
+    """Draw `count` of `cells` cells at random; all of them where the numbers are equal, as in the papers' settings."""
     return slice(None) if count == cells else torch.randperm(cells, device=device)[:count]
 
 
@@ -117,16 +118,16 @@ def context_term(
     config: Config,
     run: Run,
 ) -> dict[str, Tensor]:
-    """The two contrastive losses of a step's output, and how confident it is; the bank takes in the step.
+    """Add a step to the bank and compute its two contrastive losses and the share of confident cells.
 
     Args:
-        output: Of `CACNetwork`.
-        overlap: int64 [n] each, the matched cells of the views.
-        selected: Cells of either view that go to the bank.
-        bank: Of the past steps.
+        output: Output of `CACNetwork`.
+        overlap: Matched cells of the two views, int64 [n] each.
+        selected: Cells of each view that go to the bank.
+        bank: Embeddings of past steps, updated in place.
 
     Returns:
-        `loss1`, `loss2`, and `confident`, the share of the overlap's cells above the threshold.
+        `loss1`, `loss2`, and `confident`: share of cells in the overlap above the threshold.
     """
     method = config.method.cac
     embedding = [_rows(output[f"embedding{number}"]) for number in (1, 2)]
@@ -151,26 +152,26 @@ def context_term(
 
 
 def cells_of(pairs: Sequence[Pair], output: dict[str, Tensor], run: Run) -> tuple[Tensor, Tensor]:
-    """Numbers of the cells that both crops of each pair show, on the device."""
+    """Indices of the cells that both crops of each pair show, on the device."""
     first, second = overlap_cells(pairs, *output["embedding1"].shape[-2:])
     return to_device(first, run.device), to_device(second, run.device)
 
 
 def first_contrastive_step(config: Config, run: Run) -> int:
-    """How many steps learn from labels alone; a run stated in steps is as long as the papers' 80 epochs."""
+    """Count the steps that learn from labels only; a run given in steps counts as the 80 epochs of the paper."""
     if config.method.cac.supervised:
         return run.total
     epochs, begin = config.run.epochs or EPOCHS, config.method.cac.epoch_start_unsup
     if begin >= epochs:
-        run.log.print(f"warning: labels alone throughout: method.cac.epoch_start_unsup {begin:g}, epochs {epochs}")
+        run.log.print(f"warning: no contrastive loss: method.cac.epoch_start_unsup {begin:g}, epochs {epochs}")
     return round(run.total * begin / epochs)
 
 
 def cells_per_process(config: Config, run: Run) -> int:
-    """Cells of a view that a process puts into the bank in a pass.
+    """Cells per view and pass that each process adds to the bank.
 
     Raises:
-        UserError: crops that are not whole cells, or cells that cannot be shared or are not there.
+        UserError: the crop is not made up of whole cells, or the cells cannot be divided over processes and passes.
     """
     crop, total = config.data.crop_size, config.method.cac.selected_num
     if any(side % CELL for side in crop):
@@ -216,7 +217,7 @@ def train(config: Config, run: Run) -> None:
         run.log_scores(evaluate_run(network.segmenter, reader, split, run, protocol_of(config)))
         save_pair_panel(network, reader, split, config, run)
 
-    if run.evaluation_due:  # what a stop had cut short
+    if run.evaluation_due:  # resumed after an interrupted evaluation
         score()
         run.save()
     begin = first_contrastive_step(config, run)

@@ -4,8 +4,8 @@
     accelerate launch cac_cps/train_semiseg.py \\
         --config cac_cps/configs/voc_cac_deeplabv3+_resnet50_1over8_datalist0.json
 
-Two networks that differ in their random start learn from each other's hard predictions, on labeled and unlabeled images
-alike. See cac_cps/README.md for every departure from the released code, hardware and results.
+Two networks of different initialization learn from each other's hard predictions on labeled and unlabeled images.
+See cac_cps/README.md for every departure from the released code, hardware and results.
 """
 
 import torch
@@ -59,7 +59,7 @@ def train(config: Config, run: Run) -> None:
         run.log_scores(evaluate_run(network.first, reader, split, run, protocol_of(config)))
         save_disagreement_panel((network.first, network.second), reader, split, config, run)
 
-    if run.evaluation_due:  # what a stop had cut short
+    if run.evaluation_due:  # resumed after an interrupted evaluation
         score()
         run.save()
     labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)

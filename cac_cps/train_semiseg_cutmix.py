@@ -4,8 +4,8 @@
     accelerate launch cac_cps/train_semiseg_cutmix.py \\
         --config cac_cps/configs/voc_cac_deeplabv3+_resnet50_1over8_datalist0.json
 
-Either network labels two unlabeled images; the other one learns from their mixture, boxes of one in the other. See
-cac_cps/README.md for every departure from the released code, hardware and results.
+Each network labels two unlabeled images, and the other network learns from their CutMix. See cac_cps/README.md for
+every departure from the released code, hardware and results.
 """
 
 from torch.profiler import record_function
@@ -49,7 +49,7 @@ def train(config: Config, run: Run) -> None:
     check_unlabeled(split.unlabeled, config.data.lists)
     run.set_length(STEPS_PER_EPOCH)
     labeled_images = make_labeled_images(reader, split.labeled, config)
-    # Two streams of the same images, drawn independently.
+    # Two independent streams of the same images.
     streams = [
         make_unlabeled_images(reader, split.unlabeled, config, name) for name in ("unlabeled", "unlabeled, second")
     ]
@@ -63,7 +63,7 @@ def train(config: Config, run: Run) -> None:
         run.log_scores(evaluate_run(network.first, reader, split, run, protocol_of(config)))
         save_disagreement_panel((network.first, network.second), reader, split, config, run)
 
-    if run.evaluation_due:  # what a stop had cut short
+    if run.evaluation_due:  # resumed after an interrupted evaluation
         score()
         run.save()
     labeled_batches, *unlabeled_batches = (StepBatches(stream, run) for stream in (labeled_images, *streams))

@@ -3,8 +3,9 @@
     accelerate launch cpcl/train.py --config cpcl/configs/voc_resnet50_1over8.json
     accelerate launch cpcl/train.py --config cpcl/configs/demo.json     # built-in data, minutes on a CPU
 
-Two networks label a mixture of two unlabeled images. One learns from what both say, the other one from what either
-says, both by how confident that was. See cpcl/README.md for every departure from the released code and hardware.
+Two networks pseudo-label a CutMix of two unlabeled images. The conservative one learns from the intersection of their
+predictions, the progressive one from the union, both weighted by confidence. See cpcl/README.md for every departure
+from the released code, hardware and results.
 """
 
 from collections.abc import Mapping
@@ -32,22 +33,22 @@ from common.seeding import generators
 from cpcl.losses import Prediction, count_pairs, disagreement, intersect, predict_pixels, reweighted_loss, unite
 from cpcl.released import translate
 
-BEYOND = 1  # pixels that a crop may reach beyond its image, as released
+BEYOND = 1  # pixels by which a crop may exceed its image, as released
 
 
 @dataclass
 class Method:
-    """CPCL's hyper-parameters; those of the released config.py carry its names.
+    """Hyper-parameters of CPCL, named as in the released config.py where it has them.
 
     Args:
-        unsup_weight: Weight of what is learned from unlabeled images.
-        train_scale_array: The random scales of all images, each as likely.
-        cutmix_mask_prop_range: Share of a mixture's area that its boxes have together, were they not to overlap.
-        cutmix_boxmask_n_boxes: Boxes of a mixture.
-        ohem: Mine hard pixels in the labeled loss.
-        ohem_threshold: Probability up to which a labeled pixel is hard.
-        ohem_min_kept: Pixels a labeled image that are taken at least.
-        ohem_class_weight: Weight of each class in the mined loss; empty for none.
+        unsup_weight: Weight of the losses on unlabeled images.
+        train_scale_array: Random scales of all images, equally likely.
+        cutmix_mask_prop_range: Range of the share of an image that its boxes cover, counted without overlap.
+        cutmix_boxmask_n_boxes: Boxes per mixed image.
+        ohem: Learn from hard labeled pixels only (Cityscapes).
+        ohem_threshold: Probability of the true class up to which a labeled pixel is hard.
+        ohem_min_kept: Minimum number of labeled pixels per image that are learned from.
+        ohem_class_weight: Weight of each class in the loss over hard pixels; empty for equal weights.
     """
 
     unsup_weight: NonNegativeFloat = 1.0
@@ -72,35 +73,35 @@ class Config:
 
 
 def check_method(config: Config) -> None:
-    """Make sure before training that the method's values fit each other and the classes.
+    """Check before training that the values of `method` fit each other and the classes.
 
     Raises:
-        UserError: naming the key.
+        UserError: a value does not fit; the message names its key.
     """
     method, classes = config.method, config.model.num_classes
     if not method.train_scale_array:
         raise UserError("method.train_scale_array is empty; give one scale or more")
     low, high = method.cutmix_mask_prop_range
     if not 0 < low <= high:
-        raise UserError(f"method.cutmix_mask_prop_range is [{low}, {high}]; both are above 0, the smaller one first")
+        raise UserError(f"method.cutmix_mask_prop_range is [{low}, {high}]; both must be above 0, the smaller first")
     if method.ohem_class_weight and len(method.ohem_class_weight) != classes:
         raise UserError(f"method.ohem_class_weight has {len(method.ohem_class_weight)} values for {classes} classes")
     if method.ohem_class_weight and not method.ohem:
-        raise UserError("method.ohem_class_weight is of the mined loss: set method.ohem, or leave it out")
+        raise UserError("method.ohem_class_weight needs method.ohem: set method.ohem to true, or remove the weights")
 
 
 def steps_per_epoch(labeled: int, unlabeled: int, batch_size: int) -> int:
-    """The paper's rule: as many whole batches as the longer list has."""
+    """Count the steps of an epoch by the paper's rule: the whole batches of the longer list."""
     return max(1, max(labeled, unlabeled) // batch_size)
 
 
 def protocol_of(config: Config) -> Protocol:
-    """A sliding window of the crop's size."""
+    """Evaluation protocol of the paper: a sliding window of the crop size."""
     return Protocol(crop=tuple(config.data.crop_size))
 
 
 def labeled_loss(logits: Tensor, label: Tensor, method: Method, class_weight: Tensor | None) -> Tensor:
-    """Cross-entropy [] of a network's logits [B,C,H,W] for labeled images, hard pixels mined where the config says."""
+    """Cross-entropy [] of logits [B,C,H,W] with label [B,H,W], over hard pixels only where `method.ohem` is set."""
     if not method.ohem:
         return cross_entropy(logits, label)
     return ohem_cross_entropy(logits, label, method.ohem_threshold, method.ohem_min_kept * len(label), class_weight)
@@ -108,9 +109,9 @@ def labeled_loss(logits: Tensor, label: Tensor, method: Method, class_weight: Te
 
 @torch.no_grad()
 def shown_labels(network: TwoNetworks, protocol: Protocol, image: Tensor) -> Mapping[str, Tensor]:
-    """What the networks would teach each other of an image uint8 [1,3,H,W], each [1,H,W]: for pictures.
+    """Maps [1,H,W] for pictures: agreement of the networks on an image uint8 [1,3,H,W], and both pseudo-labels.
 
-    The disagreement indicator is that of the image alone, where training has that of a batch.
+    The disagreement indicator is computed from the image alone; training computes it from a batch.
     """
     first, second = (
         predict_pixels(torch.div(*sum_logits(one, image, tuple(image.shape[-2:]), protocol)))
@@ -140,7 +141,7 @@ def train(config: Config, run: Run) -> None:
     run.set_length(steps_per_epoch(len(split.labeled), len(split.unlabeled), optim.batch_size))
     crop, seed = ScaleChoiceCrop(config.data.crop_size, method.train_scale_array, BEYOND), config.run.seed
     labeled_images = TrainingImages(reader, split.labeled, crop, seed, "labeled", with_label=True)
-    # Two streams of the same images, drawn independently.
+    # Two independent streams of the same images.
     unlabeled_images = [
         TrainingImages(reader, split.unlabeled, crop, seed, stream, with_label=False)
         for stream in ("unlabeled", "unlabeled, second")
@@ -159,7 +160,7 @@ def train(config: Config, run: Run) -> None:
         maps = partial(shown_labels, network, protocol)
         save_panel(network.first, reader, split, run, maps=maps, protocol=protocol)
 
-    if run.evaluation_due:  # what a stop had cut short
+    if run.evaluation_due:  # resumed after an interrupted evaluation
         score()
         run.save()
     labeled_batches, *unlabeled_batches = (StepBatches(images, run) for images in (labeled_images, *unlabeled_images))

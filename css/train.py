@@ -4,8 +4,8 @@
     accelerate launch css/train.py --config css/configs/voc.json
     accelerate launch css/train.py --config css/configs/demo.json     # built-in data, minutes on a CPU
 
-A mean teacher labels weakly augmented images twice, by its logits and by the similarity of its representations to the
-classes' prototypes; the student learns from their mixed, strongly augmented versions where both agree. See
+A mean teacher labels weakly augmented images twice: by its logits, and by the similarity of its representations to
+class prototypes. The student learns from mixed, strongly augmented versions of them where both labels agree. See
 css/README.md for every departure from the released code, hardware and results.
 """
 
@@ -49,38 +49,38 @@ from css.losses import (
 )
 from css.released import translate
 
-LR_FLOOR = 1e-4  # of the released schedule
+LR_FLOOR = 1e-4  # minimum of the released schedule
 
 
 @dataclass
 class Method:
-    """CSS's hyper-parameters, named as in its README.
+    """Hyper-parameters of CSS, named as in its README.
 
     Args:
-        pseudo_label: Whose labels the losses get: `mix` those that logits and representations agree on (the paper),
-            `cross` each space those of the other, `ori` those of the logits (the baseline).
+        pseudo_label: Source of the pseudo-labels: `mix` where logits and representations agree (the paper), `cross`
+            each space learns from the other one, `ori` the logits (the baseline).
         alpha_t: Decay of the mean teacher.
-        alpha_p: What the prototypes keep of themselves in a step.
-        un_threshold: Confidence that counts towards an image's weight in the unsupervised loss.
-        weak_threshold: Confidence from which an unlabeled pixel takes part in the contrastive loss.
+        alpha_p: Decay of the prototypes per step.
+        un_threshold: Confidence from which a pixel counts towards its image's weight in the unsupervised loss.
+        weak_threshold: Confidence from which an unlabeled pixel enters the contrastive loss.
         strong_threshold: Student's softmax similarity (`ori`: probability) below which a pixel is a hard anchor.
         similarity_temp: Temperature of the similarity to the prototypes; by default 0.25, for `cross` 0.1.
         temp: Temperature of the contrastive loss.
-        num_queries: Anchors a class.
-        num_negatives: Negatives an anchor.
-        warm_up: Epochs in which the labels are those of the logits alone.
-        ramp_unit: What an epoch is for warm_up and the ramp: `training` makes the whole run max_epoch epochs long,
-            `released` takes passes over the labeled images.
+        num_queries: Anchors per class.
+        num_negatives: Negatives per anchor.
+        warm_up: Epochs at the start in which the logits alone give the pseudo-labels.
+        ramp_unit: Unit of the epochs of warm_up and the ramp: `training` makes the whole run max_epoch epochs long,
+            `released` counts passes over the labeled images.
         begin_epoch: Epoch in which the weight of the contrastive loss starts.
-        max_epoch: Epoch from which that weight is min_value.
-        max_value: Weight of the contrastive loss at begin_epoch; 0 leaves the loss out. `ori` has it throughout.
+        max_epoch: Epoch from which this weight is min_value.
+        max_value: Weight of the contrastive loss at begin_epoch; 0 disables it. Constant with `ori`.
         min_value: Smallest weight.
         ramp_mult: Exponent of the ramp; 0 keeps max_value until max_epoch.
-        ohem: Learn from the hard labeled pixels alone (Cityscapes).
-        ohem_threshold: Probability of its class up to which a labeled pixel is hard.
-        ohem_min_kept: Labeled pixels an image that are learnt from at least.
-        mix_mode: How unlabeled images are mixed.
-        scale_range: Random scale of the unlabeled images' first pass.
+        ohem: Learn from hard labeled pixels only (Cityscapes).
+        ohem_threshold: Probability of the true class up to which a labeled pixel is hard.
+        ohem_min_kept: Minimum number of labeled pixels per image that are learned from.
+        mix_mode: Operation that mixes unlabeled images.
+        scale_range: Range of random scales of unlabeled images, on the device.
         embedding_dim: Dimensions of the representation.
     """
 
@@ -125,7 +125,7 @@ class Config:
 
 
 class CSSNetwork(nn.Module):
-    """Everything that is trained: DeepLabV3+ and, on its decoder feature, each pixel's representation.
+    """The trained network: DeepLabV3+ and, on its decoder feature, the representation of each pixel.
 
     Args:
         model: The config's `model` section, for the DeepLabV3+.
@@ -139,12 +139,12 @@ class CSSNetwork(nn.Module):
         self.representation = conv_head(feature_channels, model.channels, embedding_dim)
 
     def both_spaces(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalized images [B,3,H,W] -> logits [B,C,h,w] and representation [B,D,h,w]."""
+        """Compute logits [B,C,h,w] and representation [B,D,h,w] of normalized images [B,3,H,W]."""
         feature = self.segmenter.features(image)
         return self.segmenter.classifier(feature), self.representation(feature)
 
     def forward(self, labeled: Tensor, unlabeled: Tensor) -> dict[str, Tensor]:
-        """One forward a step; the two batches pass apart, which keeps the paper's batch-norm statistics.
+        """Run the one forward of a step; separate passes of the two batches keep the paper's batch-norm statistics.
 
         Args:
             labeled, unlabeled: Normalized images [B,3,H,W].
@@ -157,7 +157,7 @@ class CSSNetwork(nn.Module):
 
 
 def steps_per_epoch(labeled_images: int, batch_size: int) -> int:
-    """The paper's rule: one pass over the labeled images, without a last batch that is not full."""
+    """Count the steps of an epoch by the paper's rule: one pass over the labeled images without an incomplete batch."""
     return max(1, labeled_images // batch_size)
 
 
@@ -165,16 +165,16 @@ def steps_per_epoch(labeled_images: int, batch_size: int) -> int:
 def teacher_labels(
     teacher: nn.Module, memory: Prototypes, labeled: Tensor, unlabeled: Tensor, epoch: float, config: Config, run: Run
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's pseudo-labels [B,K,H,W] and confidences [B,K,H,W]; see `pseudo_labels`. It is in training mode.
+    """Pseudo-labels [B,K,H,W] and confidences [B,K,H,W] of the teacher in training mode; see `pseudo_labels`.
 
     Args:
         labeled, unlabeled: Images in [0,1], [B,3,H,W].
-        epoch: Of the ramp.
+        epoch: Epoch of the step in units of the ramp.
     """
     method = config.method
     with run.autocast():
         if method.pseudo_label != "ori":
-            teacher.both_spaces(normalize(labeled))  # as released: its batch norms see labeled images too
+            teacher.both_spaces(normalize(labeled))  # as released: its batch norm sees labeled images too
         logits, representation = teacher.both_spaces(normalize(unlabeled))
     kind = "ori" if epoch < method.warm_up else method.pseudo_label
     size, corners = unlabeled.shape[-2:], teacher.segmenter.align_corners
@@ -184,13 +184,13 @@ def teacher_labels(
 def augment_unlabeled(
     image: Tensor, pseudo_label: Tensor, confidence: Tensor, positions: Sequence[int], config: Config, run: Run
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two passes with a mix between them: scale and crop; mix with the next image; colors, blur and mirror.
+    """Augment in two passes with a mix between them: scale, crop; mix with the next image; color, blur, flip.
 
     Args:
         image: float [B,3,H,W] in [0,1].
         pseudo_label: int64 [B,K,H,W].
         confidence: [B,K,H,W].
-        positions: What the random numbers of each image follow from.
+        positions: Position of each image in the run, from which its random numbers follow.
     """
     rngs = generators(config.run.seed, "unlabeled, on the device", positions)
     crop = config.data.crop_size
@@ -202,7 +202,7 @@ def augment_unlabeled(
 
 
 def supervised_loss(logits: Tensor, label: Tensor, method: Method) -> Tensor:
-    """Cross-entropy of logits [B,C,H,W] with label [B,H,W], on Cityscapes over the hard pixels."""
+    """Cross-entropy of logits [B,C,H,W] with label [B,H,W], over hard pixels only where `method.ohem` is set."""
     if method.ohem:
         return ohem_cross_entropy(logits, label, method.ohem_threshold, method.ohem_min_kept * len(label))
     return cross_entropy(logits, label)
@@ -218,14 +218,14 @@ def contrastive_term(
     config: Config,
     run: Run,
 ) -> Tensor:
-    """The contrastive loss of a step's output, after the step's representations have moved the prototypes.
+    """Update the prototypes by the representations of a step, then compute the contrastive loss.
 
     Args:
-        output: Of `CSSNetwork`.
-        memory: The prototypes.
+        output: Output of `CSSNetwork`.
+        memory: Prototypes, updated in place.
         label: int64 [B,H,W].
-        pseudo_label, confidence: [B,H,W] each, of the unlabeled images.
-        weight: Of the loss in this step; with 0 the loss is 0, and only the prototypes move.
+        pseudo_label, confidence: [B,H,W] of the unlabeled images.
+        weight: Weight of the loss in this step; with 0 the loss is 0, and only the prototypes are updated.
     """
     method = config.method
     representation = output["representation"].float()
@@ -233,7 +233,7 @@ def contrastive_term(
     reduce = partial(run.accelerator.reduce, reduction="sum")
     if weight == 0:
         memory.update(representation, classes, method.alpha_p, reduce)
-        return 0.0 * representation.sum()  # the head stays part of the graph: processes expect its gradients
+        return 0.0 * representation.sum()  # the head stays in the graph: DDP waits for its gradients
     with torch.no_grad():
         if method.pseudo_label == "ori":
             scores = torch.cat([output["labeled"], output["unlabeled"]]).float()
@@ -254,14 +254,14 @@ def contrastive_term(
 
 
 def epoch_of(step: int, run: Run, method: Method) -> float:
-    """The epoch of a step, as warm_up and the ramp count."""
+    """Epoch of a step in the unit of `warm_up` and the ramp (`method.ramp_unit`)."""
     if method.ramp_unit == "released":
         return step / run.steps_per_epoch
     return step / run.total * method.max_epoch
 
 
 def contrastive_weight(epoch: float, method: Method) -> float:
-    """The ramp of the contrastive loss; `ori` has none, as released."""
+    """Weight of the contrastive loss in an epoch; constant with `ori`, as released."""
     if method.pseudo_label == "ori":
         return method.max_value
     ramp = (method.begin_epoch, method.max_epoch, method.max_value, method.min_value, method.ramp_mult)
@@ -269,7 +269,7 @@ def contrastive_weight(epoch: float, method: Method) -> float:
 
 
 def unreachable_thresholds(method: Method, num_classes: int) -> str | None:
-    """What the temperature of the similarities makes impossible, in one line; None where it does not."""
+    """Describe in one line the thresholds that the similarity temperature puts out of reach; None without any."""
     highest = largest_similarity_softmax(method.similarity_temp, num_classes)
     effects = []
     if method.pseudo_label != "ori" and highest < method.strong_threshold:
@@ -284,7 +284,7 @@ def unreachable_thresholds(method: Method, num_classes: int) -> str | None:
 
 @torch.no_grad()
 def space_maps(image: Tensor, teacher: nn.Module, memory: Prototypes) -> dict[str, Tensor]:
-    """Class ids [B,H,W] that the teacher gives uint8 images [B,3,H,W] in both spaces, and where they agree."""
+    """Class ids [B,H,W] of the teacher in both spaces for uint8 images [B,3,H,W], and those both agree on."""
     with evaluation_mode(teacher):
         logits, representation = teacher.both_spaces(normalize(image))
     size, corners = image.shape[-2:], teacher.segmenter.align_corners
@@ -326,7 +326,7 @@ def train(config: Config, run: Run) -> None:
         maps = partial(space_maps, teacher=teacher, memory=memory)
         save_panel(teacher.segmenter, reader, split, run, maps=maps)
 
-    if run.evaluation_due:  # what a stop had cut short
+    if run.evaluation_due:  # resumed after an interrupted evaluation
         score()
         run.save()
     labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)

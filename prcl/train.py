@@ -3,9 +3,9 @@
     accelerate launch prcl/train.py --config prcl/configs/voc.json
     accelerate launch prcl/train.py --config prcl/configs/demo.json     # built-in data, minutes on a CPU
 
-A mean teacher labels weakly augmented images, the student learns from their mixed, strongly augmented versions; each
-pixel's embedding is a Gaussian whose variance weighs the contrastive loss. See prcl/README.md for every departure from
-the released code, hardware and results.
+A mean teacher labels weakly augmented images; the student learns from mixed, strongly augmented versions of them. The
+embedding of each pixel is a Gaussian whose variance weights the contrastive loss. See prcl/README.md for every
+departure from the released code, hardware and results.
 """
 
 import math
@@ -36,30 +36,30 @@ from common.seeding import generators
 from prcl.losses import contrastive_labels, contrastive_loss, prototypes, sample, unsupervised_loss
 from prcl.released import translate
 
-LR_FLOOR = 1e-6  # of the released schedule
-BOUND = 1e-3  # a variance this near to 0 or 1 hardly moves any more: the sigmoid is flat there
+LR_FLOOR = 1e-6  # minimum of the released schedule
+BOUND = 1e-3  # closer to 0 or 1 than this, the sigmoid is flat and a variance hardly changes any more
 
 
 @dataclass
 class Method:
-    """PRCL's hyper-parameters, named as in its README.
+    """Hyper-parameters of PRCL, named as in its README.
 
     Args:
         alpha: Decay of the mean teacher.
         uncer_lr: Learning rate of the probability head; very sensitive.
-        un_threshold: Confidence that counts towards an image's weight in the unsupervised loss.
-        weak_threshold: Confidence from which an unlabeled pixel takes part in the contrastive loss.
+        un_threshold: Confidence from which a pixel counts towards its image's weight in the unsupervised loss.
+        weak_threshold: Confidence from which an unlabeled pixel enters the contrastive loss.
         strong_threshold: Student's probability below which a pixel is a hard anchor.
         temp: Temperature of the contrastive loss.
-        num_queries: Anchors a class.
-        num_negatives: Negatives an anchor.
+        num_queries: Anchors per class.
+        num_negatives: Negatives per anchor.
         begin_epoch: Epoch in which the weight of the contrastive loss starts.
-        max_epoch: Epoch from which that weight is min_value.
-        max_value: Weight of the contrastive loss at begin_epoch; 0 leaves the loss out.
+        max_epoch: Epoch from which this weight is min_value.
+        max_value: Weight of the contrastive loss at begin_epoch; 0 disables it.
         min_value: Smallest weight.
         ramp_mult: Exponent of the ramp.
-        mix_mode: How unlabeled images are mixed.
-        scale_range: Random scale of the unlabeled images' first pass.
+        mix_mode: Operation that mixes unlabeled images.
+        scale_range: Range of random scales of unlabeled images, on the device.
         embedding_dim: Dimensions of the embedding.
     """
 
@@ -93,9 +93,9 @@ class Config:
 
 
 class ProbabilityHead(nn.Module):
-    """Variances in (0, 1) for each pixel and dimension: two linear maps with normalized rows, batch norm, sigmoid.
+    """Variance in (0, 1) per pixel and dimension: two linear maps with normalized rows, batch norm, sigmoid.
 
-    As released: the paper exponentiates a log-variance instead. Parameters carry the released names.
+    As released; the paper exponentiates a log-variance instead. Parameters keep their released names.
 
     Args:
         in_channels: Channels of the feature.
@@ -114,7 +114,7 @@ class ProbabilityHead(nn.Module):
             nn.init.kaiming_normal_(weight)
 
     def forward(self, feature: Tensor) -> Tensor:
-        """[B,in_channels,h,w] -> variance [B,channels,h,w], in float32 under autocast too."""
+        """Compute the variance [B,channels,h,w] of a feature [B,in_channels,h,w], in float32 under autocast too."""
         with torch.autocast(feature.device.type, enabled=False):
             hidden = F.relu(self.bn1(_pointwise(feature.float(), self.fc1)))
             log_odds = self.gamma * self.bn2(_pointwise(hidden, self.fc2)) + self.beta
@@ -123,7 +123,7 @@ class ProbabilityHead(nn.Module):
 
 
 class PRCLNetwork(nn.Module):
-    """Everything that is trained: DeepLabV3+ and, on its decoder feature, mean and variance of each pixel's embedding.
+    """The trained network: DeepLabV3+ and, on its decoder feature, the mean and variance of pixel embeddings.
 
     Args:
         model: The config's `model` section, for the DeepLabV3+.
@@ -138,7 +138,7 @@ class PRCLNetwork(nn.Module):
         self.probability = ProbabilityHead(feature_channels, embedding_dim)
 
     def forward(self, labeled: Tensor, unlabeled: Tensor) -> dict[str, Tensor]:
-        """One forward a step; the two batches pass apart, which keeps the paper's batch-norm statistics.
+        """Run the one forward of a step; separate passes of the two batches keep the paper's batch-norm statistics.
 
         Args:
             labeled, unlabeled: Normalized images [B,3,H,W].
@@ -156,14 +156,14 @@ class PRCLNetwork(nn.Module):
 
 
 def steps_per_epoch(labeled_images: int, batch_size: int) -> int:
-    """The paper's rule: as many whole passes over the labeled images as fit in 2000 images, one at least."""
+    """Count the steps of an epoch by the paper's rule: whole passes over the labels in 2000 images, at least one."""
     steps = math.ceil(labeled_images / batch_size)
     return max(1, int(2000 / batch_size / steps)) * steps
 
 
 @torch.no_grad()
 def pseudo_labels(teacher: nn.Module, image: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-    """The teacher's class [B,H,W] and its probability [B,H,W] for images in [0,1]. The teacher is in training mode."""
+    """Classes [B,H,W] and confidences [B,H,W] of the teacher in training mode for images [B,3,H,W] in [0,1]."""
     with run.autocast():
         logits = teacher(normalize(image))
     probability = upsample(logits, image.shape[-2:], teacher.align_corners).softmax(1)
@@ -174,13 +174,13 @@ def pseudo_labels(teacher: nn.Module, image: Tensor, run: Run) -> tuple[Tensor, 
 def augment_unlabeled(
     image: Tensor, pseudo_label: Tensor, confidence: Tensor, positions: Sequence[int], config: Config, run: Run
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two passes with a mix between them: scale and crop; mix with the next image; colors, blur and mirror.
+    """Augment in two passes with a mix between them: scale, crop; mix with the next image; color, blur, flip.
 
     Args:
         image: float [B,3,H,W] in [0,1].
         pseudo_label: int64 [B,H,W].
         confidence: [B,H,W].
-        positions: What the random numbers of each image follow from.
+        positions: Position of each image in the run, from which its random numbers follow.
     """
     rngs = generators(config.run.seed, "unlabeled, on the device", positions)
     crop = config.data.crop_size
@@ -194,11 +194,11 @@ def augment_unlabeled(
 def contrastive_term(
     output: dict[str, Tensor], label: Tensor, pseudo_label: Tensor, confidence: Tensor, config: Config, run: Run
 ) -> Tensor:
-    """The contrastive loss of a step's output, its prototypes taken over all processes."""
+    """Contrastive loss of a step, with prototypes taken over all processes."""
     method = config.method
     mu, sigma = output["mu"].float(), output["sigma"].float()
     if method.max_value == 0:
-        return 0.0 * (mu.sum() + sigma.sum())  # the heads stay part of the graph: processes expect their gradients
+        return 0.0 * (mu.sum() + sigma.sum())  # the heads stay in the graph: DDP waits for their gradients
     classes = contrastive_labels(label, pseudo_label, confidence, method.weak_threshold, mu.shape[-2:])
     probability = torch.cat([output["labeled"], output["unlabeled"]]).detach().float().softmax(1)
     means = prototypes(mu, sigma, classes, config.model.num_classes, lambda total: run.accelerator.reduce(total, "sum"))
@@ -215,12 +215,12 @@ def contrastive_term(
 
 
 def share_at_bounds(sigma: Tensor) -> Tensor:
-    """Share of the variances that are at the ends of their range (0, 1): of a head that has collapsed, nearly all."""
+    """Share of variances at the ends of their range (0, 1); nearly all of them once the head has collapsed."""
     return ((sigma < BOUND) | (sigma > 1 - BOUND)).float().mean()
 
 
 def contrastive_weight(step: int, total: int, config: Config) -> float:
-    """The ramp of the contrastive loss, in epochs; a run stated in steps is as long as `max_epoch` epochs."""
+    """Weight of the contrastive loss in a step; a run given in steps counts as `max_epoch` epochs."""
     method = config.method
     epoch = step / total * (config.run.epochs or method.max_epoch)
     ramp = (method.begin_epoch, method.max_epoch, method.max_value, method.min_value, method.ramp_mult)
@@ -256,7 +256,7 @@ def train(config: Config, run: Run) -> None:
         run.log_scores(evaluate_run(teacher, reader, split, run))
         save_panel(teacher, reader, split, run, threshold=method.un_threshold)
 
-    if run.evaluation_due:  # what a stop had cut short
+    if run.evaluation_due:  # resumed after an interrupted evaluation
         score()
         run.save()
     labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
@@ -309,7 +309,7 @@ def train(config: Config, run: Run) -> None:
         )
         if logged.get("sigma_at_bounds", 0.0) > 0.5:
             run.log.print_once(
-                "warning: the probability head has collapsed, most of its variances are at their bounds; "
+                "warning: the probability head has collapsed: most variances are at their bounds; "
                 f"lower method.uncer_lr (now {method.uncer_lr:g})"
             )
         if run.evaluation_due:

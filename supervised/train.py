@@ -1,10 +1,10 @@
-"""The labeled-only baseline every paper is compared with: same network, data and schedule, no unlabeled image.
+"""Supervised baseline of every paper: the same network, data and schedule, without unlabeled images.
 
     accelerate launch supervised/train.py --config supervised/configs/voc.json
     accelerate launch supervised/train.py --config supervised/configs/demo.json
 
-With `--method.fully_labeled true` the unlabeled list is used with its labels: the upper end of the scale. With
-`--method.source_dataset` the labels are those of another domain: what domain adaptation is compared with.
+`--method.fully_labeled true` also uses the labels of the unlabeled list (upper bound). `--method.source_dataset` takes
+the labels of another domain (baseline of domain adaptation).
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ from common.optim import build_optimizer, poly, set_lr
 
 @dataclass
 class Method:
-    """What the baseline may differ in.
+    """Variants of the baseline.
 
     Args:
         fully_labeled: Also learn from the labels of the unlabeled list.
-        source_dataset: Learn from the labels of other data of the same classes instead, of this kind.
-        source_root: Their folder, by default the one that `data.root` lies in; of the built-in data, which are drawn on
-            first use in another domain, `data.root` with `_b` behind it.
+        source_dataset: Dataset of a source domain with the same classes, whose labels replace those of `data`.
+        source_root: Folder of the source domain, by default the parent of `data.root`. The built-in data are drawn
+            there on first use in another domain, by default in `data.root` with the suffix `_b`.
     """
 
     fully_labeled: bool = False
@@ -64,7 +64,7 @@ def train(config: Config, run: Run) -> None:
     source, split = open_data(config, run.accelerator)
     learned, names = source, split.labeled + (split.unlabeled if config.method.fully_labeled else [])
     if config.method.source_dataset:
-        with run.accelerator.main_process_first():  # the built-in data are made by one process
+        with run.accelerator.main_process_first():  # one process draws the built-in data
             learned = open_source_domain(config.data, config.method.source_dataset, config.method.source_root)
         names = learned.names("train")
     run.set_length(-(-len(names) // optim.batch_size))
@@ -80,7 +80,7 @@ def train(config: Config, run: Run) -> None:
         run.log_scores(evaluate_run(network, source, split, run))
         save_panel(network, source, split, run)
 
-    if run.evaluation_due:  # what a stop had cut short
+    if run.evaluation_due:  # resumed after an interrupted evaluation
         score()
         run.save()
     batches = StepBatches(images, run)
