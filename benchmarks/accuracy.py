@@ -4,8 +4,8 @@
     python benchmarks/accuracy.py benchmarks/tables/shapes.json --seeds 0 --set run.threads=1
     python benchmarks/accuracy.py benchmarks/tables/shapes.json --show
 
-A table names scripts, configs and what differs; `{seed}` in a value is replaced. Every run is kept as a line of
-benchmarks/results/<table>.jsonl, with its command and what it ran on; a run that stands there is read, not repeated.
+A table lists scripts, configs and overrides; `{seed}` in a value is replaced by the seed. Every run is stored as one
+line of benchmarks/results/<table>.jsonl with its command and hardware; a stored run is read, not repeated.
 """
 
 import argparse
@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def command(row: dict[str, Any], shared: dict[str, Any], given: dict[str, str], seed: int, folder: Path) -> list[str]:
-    """The command line of one run, without the interpreter."""
+    """Build the command line of one run, without the interpreter."""
     values = shared | row.get("set", {}) | given | {"run.seed": seed, "run.dir": str(folder)}
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
     flat = [text for key, value in texts.items() for text in (f"--{key}", value.replace("{seed}", str(seed)))]
@@ -37,10 +37,10 @@ def command(row: dict[str, Any], shared: dict[str, Any], given: dict[str, str], 
 
 
 def check_same(stored: dict[str, Any], arguments: list[str]) -> None:
-    """A result stands for a row only if it was measured with the row's settings.
+    """Check that a stored result was measured with the current settings of its row.
 
     Raises:
-        UserError: they were changed since.
+        UserError: the settings have changed since.
     """
     pairs = [f"{key} {value} " for key, value in zip(arguments[1::2], arguments[2::2])]
     missing = [pair.strip() for pair in pairs if pair not in stored["command"] + " "]
@@ -52,7 +52,7 @@ def check_same(stored: dict[str, Any], arguments: list[str]) -> None:
 
 
 def run_once(name: str, seed: int, arguments: list[str], folder: Path) -> dict[str, Any]:
-    """Train, and read the scores from the run's metrics.
+    """Train, and read the scores from `metrics.jsonl` of the run.
 
     Raises:
         UserError: the run failed.
@@ -78,15 +78,15 @@ def run_once(name: str, seed: int, arguments: list[str], folder: Path) -> dict[s
 
 
 def read_results(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Runs already measured, by row and seed."""
+    """Read the stored runs, by row and seed."""
     lines = path.read_text().splitlines() if path.exists() else []
     results = [json.loads(line) for line in lines]
     return {(result["row"], result["seed"]): result for result in results}
 
 
 def summary(rows: list[str], seeds: list[int], results: dict[tuple[str, int], dict[str, Any]]) -> Table:
-    """Mean and standard deviation over the seeds, of the last and of the best evaluation of each run."""
-    table = Table("row", "seeds", "mIoU, last step", "mIoU, best step", "seconds a run")
+    """Mean and standard deviation over seeds of the last and the best evaluation."""
+    table = Table("row", "seeds", "mIoU, last step", "mIoU, best step", "seconds per run")
     for row in rows:
         found = [results[row, seed] for seed in seeds if (row, seed) in results]
         columns = [[result[key] for result in found] for key in ("miou_last", "miou_best", "seconds")]
@@ -98,9 +98,15 @@ def summary(rows: list[str], seeds: list[int], results: dict[tuple[str, int], di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path, help="JSON file with seeds, shared settings and rows")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of this machine")
-    parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds of the table")
-    parser.add_argument("--show", action="store_true", help="print what stands in the results, run nothing")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="settings specific to this machine, e.g. run.threads=1",
+    )
+    parser.add_argument("--seeds", nargs="*", type=int, help="run these seeds of the table only")
+    parser.add_argument("--show", action="store_true", help="print the stored results, run nothing")
     options = parser.parse_args()
     try:
         table = json.loads(options.table.read_text())

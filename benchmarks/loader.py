@@ -1,10 +1,10 @@
-"""Images a second that one loader worker delivers, beside bare decoding of the same files.
+"""Images per second of one loader worker, compared with bare decoding of the same files.
 
     python benchmarks/loader.py
     python benchmarks/loader.py --config prcl/configs/cityscapes.json --size 1024 2048
 
-On built-in images of VOC's size (or the one given), cropped and scaled as a paper's config says. "Both" is what a step
-of most papers takes: as many images of either stream.
+Measured on built-in images of VOC's size (or of --size), cropped and scaled as in the config. "Both" is the mix that a
+step of most papers takes: equally many labeled and unlabeled images.
 """
 
 import argparse
@@ -30,7 +30,7 @@ IMAGES = 32
 
 
 def decode(source: VOC, names: list[str], with_label: bool) -> None:
-    """Every file read and decoded, nothing else."""
+    """Read and decode every file, nothing else."""
     for name in names:
         for path in [source.image_path(name)] + ([source.label_path(name)] if with_label else []):
             with Image.open(path) as picture:
@@ -38,20 +38,20 @@ def decode(source: VOC, names: list[str], with_label: bool) -> None:
 
 
 def work(images: TrainingImages) -> None:
-    """What a worker does: every image read, checked, scaled and cropped."""
+    """Do the work of a loader worker: read, check, scale and crop every image."""
     for index in range(IMAGES):
         images[index, index]
 
 
 def seconds(task: Callable[[], object]) -> float:
-    """Processor time an image: what else the machine does is not counted."""
+    """Processor seconds per image; other load on the machine does not count."""
     started = time.process_time()
     task()
     return (time.process_time() - started) / IMAGES
 
 
 def cells(decoding: float, working: float) -> tuple[str, str, str]:
-    """Images a second of both, and how much of decoding's speed the worker has; from seconds an image."""
+    """Table cells from seconds per image: images per second of both, and the worker's share of the decoding speed."""
     return f"{1 / decoding:.0f}", f"{1 / working:.0f}", f"{decoding / working:.0%}"
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         source = VOC(folder, CLASSES)
         names = source.names("train")
         crop = data["crop_size"]
-        table = Table("stream", "decoding alone", "a worker", "share", title=f"images a second, {crop} crops")
+        table = Table("stream", "decoding alone", "a worker", "share", title=f"images per second, {crop} crops")
         total = [0.0, 0.0]
         for name, transform, with_label in (
             ("labeled", CropTransform(crop, data.get("scale_range", (0.5, 1.5))), True),
@@ -81,7 +81,7 @@ def main() -> None:
             images = TrainingImages(source, names, transform, 0, "benchmark", with_label)
             tasks = (partial(decode, source, names, with_label), partial(work, images))
             measured = [[seconds(task) for task in tasks] for _ in range(options.repeats)]
-            least = [min(column) for column in zip(*measured)]  # the least disturbed
+            least = [min(column) for column in zip(*measured)]  # least disturbed by other load
             total = [before + one / 2 for before, one in zip(total, least)]
             table.add_row(name, *cells(*least))
         table.add_row("both", *cells(*total))

@@ -1,4 +1,4 @@
-"""Seconds and memory of a paper's own loss, forward and backward, beside its plain formula.
+"""Seconds and memory of a paper's own loss, forward and backward, compared with its plain formula.
 
     python benchmarks/losses.py prcl
     python benchmarks/losses.py css
@@ -6,7 +6,7 @@
     python benchmarks/losses.py cac
     python benchmarks/losses.py memory_bank
 
-Every row runs in a process of its own. Memory is what the process needed beyond its inputs, at its peak.
+Every row runs in its own process. Memory is the peak of the process beyond its inputs.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def prcl_inputs(scale: float, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def prcl_loss(inputs: tuple[Tensor, ...], scale: float, compile: bool = False) -> Tensor:
-    """Prototypes, sampling and loss as training calls them: 256 anchors a class, 512 negatives an anchor."""
+    """Prototypes, sampling and loss as in training: 256 anchors per class, 512 negatives per anchor."""
     mu, sigma, label, probability = inputs
     queries, negatives = max(8, round(256 * scale)), max(8, round(512 * scale))
     classes = prcl.prototypes(mu, sigma, label, 8, reduce=lambda total: total)
@@ -58,7 +58,7 @@ def prcl_loss(inputs: tuple[Tensor, ...], scale: float, compile: bool = False) -
 
 
 def prcl_plain(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
-    """The same with the scores as the formula reads, class by class, and autograd."""
+    """The same loss with the scores written as in the formula, class by class, and autograd."""
     mu, sigma, label, probability = inputs
     queries, negatives = max(8, round(256 * scale)), max(8, round(512 * scale))
     classes = prcl.prototypes(mu, sigma, label, 8, reduce=lambda total: total)
@@ -86,7 +86,7 @@ def css_inputs(scale: float, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def css_samples(inputs: tuple[Tensor, ...], scale: float) -> tuple[Tensor, css.Samples]:
-    """Prototypes and samples as training makes them: 256 anchors a class, 512 negatives an anchor."""
+    """Prototypes and samples as in training: 256 anchors per class, 512 negatives per anchor."""
     representation, label, indicator = inputs
     queries, negatives = max(8, round(256 * scale)), max(8, round(512 * scale))
     memory = css.Prototypes(8, representation.shape[1]).to(label.device)
@@ -95,13 +95,13 @@ def css_samples(inputs: tuple[Tensor, ...], scale: float) -> tuple[Tensor, css.S
 
 
 def css_loss(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
-    """Prototypes, sampling and loss as training calls them."""
+    """Prototypes, sampling and loss as in training."""
     prototypes, samples = css_samples(inputs, scale)
     return css.contrastive_loss(inputs[0], prototypes, samples, 0.5)
 
 
 def css_plain(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
-    """The same with cosines as the formula reads, class by class, and autograd."""
+    """The same loss with cosines written as in the formula, class by class, and autograd."""
     prototypes, samples = css_samples(inputs, scale)
     pixels = inputs[0].permute(0, 2, 3, 1).flatten(0, 2)
     total = pixels.new_zeros(())
@@ -117,7 +117,7 @@ CAC_CLASSES, CAC_THRESHOLD, CAC_TEMP = 21, 0.75, 0.1
 
 
 def cac_inputs(scale: float, device: torch.device) -> tuple[Tensor, ...]:
-    """Embedding, confidence and class of 6400 places in either view, of which all learn, and a bank of 51,200 rows."""
+    """Embedding, confidence and class of 6400 cells per view, all of them anchors, and a bank of 51,200 embeddings."""
     anchors, rows = round(6400 * scale), round(51200 * scale)
     bank, *embedding = (
         F.normalize(torch.randn(count, 128, device=device), dim=1) for count in (rows, anchors, anchors)
@@ -129,14 +129,14 @@ def cac_inputs(scale: float, device: torch.device) -> tuple[Tensor, ...]:
 
 
 def cac_loss(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
-    """Both directions as training computes them."""
+    """Loss of both directions as in training."""
     first, second, confidence1, confidence2, label1, label2, bank_label, bank = inputs
     sides = (first, second), (confidence1, confidence2), (label1, label2), (bank, bank_label)
     return sum(cac.context_loss(*sides, CAC_THRESHOLD, CAC_TEMP, CAC_CLASSES))
 
 
 def cac_plain(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
-    """The formula for every place in both directions, the bank in checkpointed chunks of 8000 rows, as released."""
+    """The formula for every cell in both directions, with the bank in checkpointed chunks of 8000 rows, as released."""
     first, second, confidence1, confidence2, label1, label2, bank_label, bank = inputs
     weights = cac.directions((confidence1, confidence2), CAC_THRESHOLD)
     total = bank.new_zeros(())
@@ -156,7 +156,7 @@ def cac_plain(inputs: tuple[Tensor, ...], scale: float) -> Tensor:
 
 
 def memory_bank_inputs(scale: float, device: torch.device) -> tuple[Tensor | torch.nn.Module, ...]:
-    """21,000 rows of 256 numbers with 19 classes, a full bank of 256 rows a class, and selectors."""
+    """21,000 embeddings of 256 dimensions and 19 classes, a full bank of 256 embeddings per class, and selectors."""
     count = round(21_000 * scale)
     rows = torch.randn(count, 256, device=device, requires_grad=True)
     bank, selectors = Bank(19, 256, 256).to(device), Selectors(19, 256).to(device)
@@ -166,12 +166,12 @@ def memory_bank_inputs(scale: float, device: torch.device) -> tuple[Tensor | tor
 
 
 def memory_bank_loss(inputs: tuple, scale: float) -> Tensor:
-    """Selectors and loss as training calls them."""
+    """Selectors and loss as in training."""
     return memory_bank.contrastive_loss(*inputs)
 
 
 def memory_bank_plain(inputs: tuple, scale: float, distances: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The formula class by class: the distances of all rows to all rows of the bank."""
+    """The formula class by class: distances of all embeddings to all embeddings of the bank."""
     rows, label, bank, selectors = inputs
     total = rows.new_zeros(())
     for c in range(selectors.num_classes):
@@ -180,23 +180,23 @@ def memory_bank_plain(inputs: tuple, scale: float, distances: Callable[[Tensor, 
         hidden = F.batch_norm(hidden, None, None, selectors.weight[c], selectors.bias[c], training=True)
         score = torch.sigmoid(F.leaky_relu(hidden, SLOPE) @ selectors.last_weight[c] + selectors.last_bias[c])
         share = score / score.mean()
-        # Of one class at a time: those of all would take gigabytes.
+        # One class at a time: all classes together would take gigabytes.
         distance = checkpoint(distances, own, bank.rows[c], use_reentrant=False)
         total = total + (distance * share[:, None]).mean()
     return total / selectors.num_classes
 
 
 def pairwise_distances(rows: Tensor, stored: Tensor) -> Tensor:
-    """[M,N] of rows [M,F] and [N,F], pair by pair."""
+    """Cosine distances [M,N] of rows [M,F] and [N,F], pair by pair."""
     return 1 - F.cosine_similarity(rows[:, None], stored[None], dim=2)
 
 
 def distances_by_product(rows: Tensor, stored: Tensor) -> Tensor:
-    """The same as a product of matrices."""
+    """The same distances by a matrix product."""
     return 1 - F.normalize(rows, dim=1) @ F.normalize(stored, dim=1).T
 
 
-# What is measured of each paper: how its inputs are made, and its rows.
+# Per paper: the function that makes its inputs, and the rows to measure.
 PAPERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
     "css": (css_inputs, {"ours": css_loss, "plain formula": css_plain}),
     "cac": (cac_inputs, {"ours": cac_loss, "plain formula": cac_plain}),
@@ -216,7 +216,7 @@ PAPERS: dict[str, tuple[Callable, dict[str, Callable]]] = {
 
 
 def peak_memory(device: torch.device) -> float:
-    """Most memory used so far, MB: of the device, or of this process."""
+    """Peak memory so far in MB, of the GPU or else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / MEGABYTE
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if platform.system() == "Darwin" else 1)
@@ -233,9 +233,9 @@ def measure(paper: str, row: str, scale: float, repeats: int, results) -> None:
     leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
     leaves += [parameter for module in modules for parameter in module.parameters()]
     for leaf in leaves:
-        leaf.grad = torch.ones_like(leaf)  # room for the gradients counts as input
+        leaf.grad = torch.ones_like(leaf)  # memory of the gradients counts as input
     before, seconds = peak_memory(device), []
-    for _ in range(repeats + 1):  # the first one warms up, and compiles
+    for _ in range(repeats + 1):  # the first one warms up and compiles
         torch.manual_seed(0)
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -251,7 +251,7 @@ def measure(paper: str, row: str, scale: float, repeats: int, results) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paper", choices=sorted(PAPERS))
-    parser.add_argument("--rows", nargs="*", help="only these rows, 'ours' say")
+    parser.add_argument("--rows", nargs="*", help="run these rows only, e.g. 'ours'")
     parser.add_argument("--scale", type=float, default=1.0, help="size of the maps and numbers of samples, 1 = full")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""How much a training script holds for its backward passes at once.
+"""Peak memory that a training script keeps for its backward passes.
 
     python benchmarks/memory.py memory_bank/train.py memory_bank/train_less_memory.py
 
-Trains the paper's demo config, or the one given, with the overrides given, for a few steps in a folder that is thrown
-away. Counted are the bytes of all tensors that autograd keeps for backward passes, each storage once, parameters not:
-the same number on any machine.
+Trains the demo config of the paper (or --config, with overrides) for a few steps in a temporary folder, and counts the
+bytes of all tensors that autograd keeps for backward passes: each storage once, without parameters. The number is the
+same on any machine.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from common.errors import UserError, report_errors
 
 
 class Kept:
-    """A tensor that autograd keeps, and its bytes in the `Count` for as long as it does."""
+    """A tensor kept by autograd; its bytes are in the `Count` for as long as it is kept."""
 
     def __init__(self, tensor: Tensor, count: "Count") -> None:
         self.tensor, self._count = tensor, count
@@ -34,13 +34,13 @@ class Kept:
 
 
 class Count:
-    """Watches a training from outside, as `benchmarks.step.watch` asks for, and counts what autograd keeps.
+    """Recorder for `benchmarks.step.watch` that counts the bytes kept by autograd.
 
     Args:
-        steps: Optimizer steps to watch.
+        steps: Number of optimizer steps to watch.
 
     Attributes:
-        most: Bytes that were kept at once.
+        most: Peak number of bytes kept.
     """
 
     def __init__(self, steps: int) -> None:
@@ -80,7 +80,7 @@ class Count:
 
 
 def measure(script: Path, arguments: list[str], steps: int) -> int:
-    """Bytes that autograd keeps at once in the first optimizer steps of a training script."""
+    """Measure the peak bytes kept by autograd in the first optimizer steps of a training script."""
     count, train = Count(steps), importlib.import_module(f"{script.parent.name}.{script.stem}").main
     if "--config" not in arguments:
         arguments = ["--config", f"{script.parent}/configs/demo.json", *arguments]
@@ -92,14 +92,14 @@ def measure(script: Path, arguments: list[str], steps: int) -> int:
 @report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", nargs="+", type=Path, help="training scripts, prcl/train.py say")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps that are watched")
+    parser.add_argument("scripts", nargs="+", type=Path, help="training scripts, e.g. prcl/train.py")
+    parser.add_argument("--steps", type=int, default=6, help="number of optimizer steps to watch")
     options, arguments = parser.parse_known_args()
-    table = Table("script", "MB kept for backward", "to the first")
+    table = Table("script", "MB kept for backward", "relative to the first")
     kept: list[int] = []
     for script in options.scripts:
         if not script.is_file():
-            raise UserError(f"{script} does not exist; give training scripts, prcl/train.py say")
+            raise UserError(f"{script} does not exist; give training scripts, e.g. prcl/train.py")
         kept.append(measure(script, arguments, options.steps))
         table.add_row(str(script), f"{kept[-1] / 1e6:.1f}", f"{kept[-1] / kept[0]:.2f}")
     Console().print(table)

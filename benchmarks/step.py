@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, and what it costs beside the bare networks.
+"""Time of a training step by phase, compared with its bare networks.
 
     python benchmarks/step.py prcl
     python benchmarks/step.py prcl/train.py --steps 5 --config prcl/configs/demo.json --data.crop_size [321,321]
 
-Trains the demo config, or the one given, with the overrides given, for a few steps in a folder that is thrown away.
-The bare networks: the same forwards on the same tensors, and a backward of what takes gradients, nothing else.
+Trains the demo config (or --config, with overrides) for a few steps in a temporary folder. The bare networks are the
+same forward passes on the same tensors, and one backward pass of the outputs that need gradients, nothing else.
 """
 
 import argparse
@@ -37,12 +37,12 @@ WARM_UP = 3
 
 
 class Enough(Exception):
-    """All steps that are measured have been done."""
+    """Raised when all measured steps are done."""
 
 
 @dataclass
 class Call:
-    """A forward of an outermost network, as training made it."""
+    """A forward pass of an outermost network during training."""
 
     network: nn.Module
     inputs: tuple[Any, ...]
@@ -52,14 +52,14 @@ class Call:
 
 @dataclass
 class Recorder:
-    """Watches a training from outside: how long a step takes, and what the networks it calls take alone.
+    """Times every training step, and the forward and backward passes of its networks alone.
 
-    Both are timed in turn, so that what else the machine does weighs on both.
+    The two are timed in turn, so that other load on the machine affects both.
 
     Args:
-        steps: Steps to watch, warm-up included.
-        device: Waited for at the end of a step.
-        with_bare: Whether each step is followed by its bare networks.
+        steps: Number of steps to watch, including warm-up.
+        device: Device to synchronize with at the end of a step.
+        with_bare: Run the bare networks after each step.
     """
 
     steps: int
@@ -72,7 +72,7 @@ class Recorder:
     _begin: float = 0.0
 
     def before_forward(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if self._depth == 0 and network.training:  # those of an evaluation are none of the step's
+        if self._depth == 0 and network.training:  # not the forward passes of an evaluation
             dtype = torch.get_autocast_dtype(self.device.type) if torch.is_autocast_enabled(self.device.type) else None
             self._calls.append(Call(network, inputs, torch.is_grad_enabled(), dtype))
         self._depth += 1
@@ -83,7 +83,7 @@ class Recorder:
     def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.whole.append(self._clock())
         if self.with_bare:
-            self._depth = 1  # these forwards are ours
+            self._depth = 1  # do not record the forward passes of the replay
             replay(self._calls, self.device)
             self._depth = 0
             self.bare.append(self._clock())
@@ -104,10 +104,10 @@ def wait(device: torch.device) -> None:
 
 
 def watch(train: Callable[[list[str]], None], arguments: list[str], recorder: Recorder) -> None:
-    """Train for as many steps as `recorder` wants to see.
+    """Train for the number of steps of `recorder`.
 
     Raises:
-        UserError: the run ended before.
+        UserError: the run has fewer steps.
     """
     with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         for hook in (
@@ -124,26 +124,26 @@ def watch(train: Callable[[list[str]], None], arguments: list[str], recorder: Re
 
 
 def phase_times(train: Callable[[list[str]], None], arguments: list[str], steps: int, device: torch.device):
-    """Milliseconds of each phase in each step after the warm-up."""
+    """Measure the milliseconds of each phase in each step after the warm-up."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as session:
         watch(train, arguments, Recorder(steps, device, with_bare=False))
     times = defaultdict(list)
     for event in sorted(session.events(), key=lambda event: event.time_range.start):
-        # A GPU works on after the host has gone on: there, its own clock counts.
+        # A GPU runs asynchronously: its own clock counts.
         if event.name in PHASES and event.device_type.name == device.type.upper():
             times[event.name].append(event.time_range.elapsed_us() / 1000)
     return {phase: by_step(times[phase], steps)[WARM_UP : steps - 1] for phase in PHASES if times[phase]}
 
 
 def by_step(times: list[float], steps: int) -> list[float]:
-    """Sums over each step of a phase that a step enters as often as any other."""
+    """Sum the times of a phase per step; every step enters the phase equally often."""
     often = round(len(times) / steps)
     return [sum(times[first : first + often]) for first in range(0, len(times), often)]
 
 
 def replay(calls: list[Call], device: torch.device) -> None:
-    """The forwards of a step again, and a backward of the sum of what they return."""
+    """Repeat the forward passes of a step, and one backward pass of the sum of their outputs."""
     outputs = []
     for call in calls:
         precision = torch.autocast(device.type, call.autocast, enabled=call.autocast is not None)
@@ -156,7 +156,7 @@ def replay(calls: list[Call], device: torch.device) -> None:
 
 
 def tensors(output: Any) -> list[torch.Tensor]:
-    """All tensors of a network's output that take gradients."""
+    """Collect all tensors of a network output that need gradients."""
     if isinstance(output, torch.Tensor):
         return [output] if output.requires_grad else []
     values = output.values() if isinstance(output, dict) else output
@@ -167,7 +167,7 @@ def tensors(output: Any) -> list[torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="a paper (prcl), or one of its training scripts (prcl/train.py)")
-    parser.add_argument("--steps", type=int, default=10, help="steps measured, after a warm-up")
+    parser.add_argument("--steps", type=int, default=10, help="number of steps to measure after the warm-up")
     options, arguments = parser.parse_known_args()
     script = Path(options.script if options.script.endswith(".py") else f"{options.script}/train.py")
     if not script.is_file():
@@ -176,7 +176,7 @@ def main() -> None:
         arguments = ["--config", f"{script.parent}/configs/demo.json", *arguments]
     train = partial(importlib.import_module(f"{script.parent.name}.{script.stem}").main)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = WARM_UP + options.steps + 1  # the last one ends within its optimizer phase
+    steps = WARM_UP + options.steps + 1  # the last step is cut off within its optimizer phase
 
     phases = phase_times(train, arguments, steps, device)
     recorder = Recorder(steps, device, with_bare=True)
