@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO := runs/prcl/demo
+# With all of its values given, the launcher prints no warning; --quiet leaves the error report to the script.
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: setup demo test stress lint
 
@@ -18,15 +20,15 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/accelerate launch prcl/train.py --config prcl/configs/demo.json
+	$(LAUNCH) prcl/train.py --config prcl/configs/demo.json
 	$(BIN)/python prcl/eval.py $(DEMO) -s
 	@echo "Pictures: $(DEMO)/pictures (panels and curve of the training), $(DEMO)/eval/pictures (every validation image)"
 
-# A file of tests is one process's: the README's commands share what the ones before have made.
+# One process per test file: the commands of the READMEs share the runs that earlier ones made.
 test: setup
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# Every kill point and every mutated file of every training script, with a table of them: ten minutes for every two of them on two cores, and more.
+# Every kill point and every mutated file of every training script, with a table: ten minutes per two scripts on two cores, and more.
 stress: setup
 	$(BIN)/python -m pytest tests/stress
 	$(BIN)/python -m pytest --every-script tests/test_launch.py tests/test_failures.py tests/test_processes.py tests/test_training.py
