@@ -182,9 +182,10 @@ def write_published(folder: Path) -> None:
 
 def make_run_for(arguments: list[str], folder: Path, monkeypatch) -> None:
     predicts = arguments[:2] == ["-m", "common.predict"]
-    paper = arguments[2].split("/")[1] if predicts else arguments[0].split("/")[0]
+    draws = arguments[0] == "benchmarks/pictures.py" and len(arguments) > 1
+    paper = arguments[2 if predicts else 1].split("/")[1] if predicts or draws else arguments[0].split("/")[0]
     run = folder / "runs" / paper / "demo"
-    if (predicts or "eval.py" in arguments[0]) and not run.exists():
+    if (predicts or draws or "eval.py" in arguments[0]) and not run.exists():
         length = ["--run.steps", "4", "--run.snapshot_every", "2"]
         if paper == "cpcl":  # its evaluations name epochs: 30 and 60 are kept
             length = [
