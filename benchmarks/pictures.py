@@ -25,13 +25,13 @@ from common.visual import Sample, panel
 
 TABLE = Path(__file__).parent / "tables" / "shapes.json"
 IMAGES = 3
-WIDTH = 1000  # of labels.png, pixels
-COLORS = 64  # of labels.png: few colors make a small file
+WIDTH = 1000  # of labels.png in pixels
+COLORS = 256  # of labels.png, which keeps the file small
 LABELED, UNLABELED, SEED = "#9aa0a6", "#2a78b5", "#202124"
 
 
 def draw_results(path: Path) -> None:
-    """Draw the mIoU of every method of the table of built-in data: a bar for the mean, a dot per seed.
+    """Draw the mIoU of every method on the built-in data: a bar for the mean, a dot per seed.
 
     Raises:
         UserError: matplotlib is missing.
@@ -62,10 +62,10 @@ def draw_results(path: Path) -> None:
 
 
 def draw_labels(run: Path, path: Path) -> None:
-    """Draw unlabeled images of a run on built-in data, with label, prediction, pseudo-label and confidence.
+    """Draw unlabeled images with label, prediction, pseudo-label and confidence, by the network of a run.
 
     Raises:
-        UserError: the run is not one of PRCL on built-in data.
+        UserError: the run is not one of PRCL or CSS on built-in data.
     """
     try:
         config = json.loads((run / "config.json").read_text())
@@ -82,7 +82,9 @@ def draw_labels(run: Path, path: Path) -> None:
             shutil.copy(reader.image_path(name), images)
         predict([str(run), str(images), "--out", str(out), "--save", "probability"])
         samples = [_sample(reader, name, out / "probability" / f"{name}.npy", threshold) for name in names]
-    title = f"Unlabeled images, and what {run.name} gives them (white: confidence below {threshold:g})"
+    title = (
+        f"Unlabeled images and their pseudo-labels (white: confidence below {threshold:g}); labels for comparison only"
+    )
     page = panel(samples, reader.palette, reader.classes, title)
     page = page.resize((WIDTH, round(page.height * WIDTH / page.width)), Image.Resampling.LANCZOS)
     page.quantize(COLORS, dither=Image.Dither.NONE).save(path, optimize=True)
