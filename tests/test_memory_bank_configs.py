@@ -1,4 +1,4 @@
-"""Memory bank's settings: the released config files in our words, and its evaluations by what a checkpoint says."""
+"""Memory bank's settings: translating released config files, and evaluating by the config in a checkpoint."""
 
 import json
 import pickle
@@ -135,7 +135,7 @@ def test_a_released_file_runs_unchanged_and_what_became_of_it_is_printed(tmp_pat
     monkeypatch.setenv("COLUMNS", "150")
     (tmp_path / "theirs.json").write_text(DESCRIBED)
     arguments = ["--config", str(tmp_path / "theirs.json"), "--optim.batch_size", "6"]
-    config = parse(Config, "memory_bank/train.py", arguments)
+    config = parse(Config, "memory_bank/train.py", arguments, translate)
     data, model, optim, method, run = config.data, config.model, config.optim, config.method, config.run
     assert (data.dataset, data.split_id, data.split_seed, data.labeled_samples) == ("cityscapes", 4, 5555, 744)
     assert (data.crop_size, data.scale_range, data.workers) == ((512, 256), (1.0, 1.0), 3)
@@ -147,7 +147,7 @@ def test_a_released_file_runs_unchanged_and_what_became_of_it_is_printed(tmp_pat
     assert method.class_balance and protocol_of(config).reduce == 2
     assert (run.steps, run.save_every, run.eval_every, run.seed) == (100000, 10000, 500, 5555)
     assert run.dir == "../saved/Deep#Lab/theirs"
-    other = parse(Config, "memory_bank/train_less_memory.py", arguments)
+    other = parse(Config, "memory_bank/train_less_memory.py", arguments, translate)
     assert other.run.dir == "../saved/Deep#Lab/train_less_memory/theirs"
     table = " ".join(capsys.readouterr().out.split())
     assert "training.batch_size │ 5 │ optim.batch_size 5" in table
@@ -176,11 +176,11 @@ def changed(key: str, value) -> dict:
             r"theirs\.json: unknown key training\.bach_size; did you mean training\.batch_size\?",
         ),
         ("training.data.labeled_samples", None, r"training\.data\.labeled_samples missing"),
-        ("version", 4, "version is '4'; the release knows 2"),
+        ("version", 4, "version is '4'; the release supports 2"),
         ("dataset", "ade20k", "dataset is 'ade20k'"),
-        ("training.pretraining", "MSCOCO", "the release knows COCO and imagenet"),
+        ("training.pretraining", "MSCOCO", "the release supports COCO and imagenet"),
         ("training.pretraining", "COCO", "COCO with version 3"),
-        ("training.optimizer", "Adam", r"training\.optimizer is 'Adam'; the release has sgd alone"),
+        ("training.optimizer", "Adam", r"training\.optimizer is 'Adam'; the release supports only sgd"),
         ("training.data.input_size", "512x512", "give height and width"),
         ("training.data.split_id_list", -1, r"data\.split_id"),
         ("training.learning_rate", "fast", r"optim\.lr"),
@@ -189,13 +189,13 @@ def changed(key: str, value) -> dict:
 def test_what_the_release_does_not_know_is_told(tmp_path, key, value, message):
     (tmp_path / "theirs.json").write_text(json.dumps(changed(key, value)))
     with pytest.raises(UserError, match=message) as error:
-        parse(Config, "memory_bank/train.py", ["--config", str(tmp_path / "theirs.json")])
+        parse(Config, "memory_bank/train.py", ["--config", str(tmp_path / "theirs.json")], translate)
     assert len(str(error.value).splitlines()) <= 2
 
 
 @pytest.mark.parametrize(("key", "value"), [("method.bank_rows_factor", 1e9), ("method.unlabeled_batch_size", 100000)])
 def test_what_no_machine_can_hold_is_told(key, value):
-    with pytest.raises(UserError, match=rf"^{key} is .*; it goes from"):
+    with pytest.raises(UserError, match=rf"^{key} is .*; it must be a .*number between"):
         parse(Config, "memory_bank/train.py", ["--config", str(CONFIGS / "demo.json"), f"--{key}", str(value)])
 
 
@@ -277,7 +277,7 @@ def test_a_released_checkpoint_is_evaluated_by_its_own_config(project, monkeypat
     torch.save(stored, project / "best_model.pth")
     evaluate(project, monkeypatch, "--model-path", "best_model.pth")
     assert (project / "runs" / "memory_bank" / "best_model" / "eval" / "best_model.json").is_file()
-    assert "best_model.pth, in our words" in capsys.readouterr().out
+    assert "best_model.pth, translated" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
