@@ -1,4 +1,4 @@
-"""Configs and data files with something wrong, and what a training script says to them."""
+"""Run training scripts on configs and data files with one thing wrong."""
 
 import copy
 import hashlib
@@ -44,7 +44,7 @@ WRONG = (
     1e308,
     -0.0,
 )
-# Without these, a mutated config would be another experiment, not a wrong one.
+# Without these, a mutated config would be a long experiment, not an invalid one.
 SHORT = ["--run.steps", "1", "--run.threads", "1", "--data.workers", "0", "--run.device", "cpu"]
 
 
@@ -53,7 +53,7 @@ class Hang(Exception):
 
 
 def outcome(script: str, arguments: list[str], capsys) -> str:
-    """`success`, or `told` for an error in one or two lines and status 2. Anything else fails."""
+    """Run `script`: `success`, or `error` for a message of one or two lines and status 2. Anything else fails."""
     signal.signal(signal.SIGALRM, _hang)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     began = time.monotonic()
@@ -72,7 +72,7 @@ def outcome(script: str, arguments: list[str], capsys) -> str:
         return "success"
     assert status == 2, f"status {status}: {captured.err}"
     assert captured.err.startswith("error: ") and len(captured.err.splitlines()) <= 2, captured.err
-    return "told"
+    return "error"
 
 
 def _hang(number: int, frame: Any) -> None:
@@ -80,7 +80,7 @@ def _hang(number: int, frame: Any) -> None:
 
 
 def digest(*folders: Path) -> str:
-    """Of the names and contents of all files."""
+    """Hash the names and contents of all files."""
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
 
@@ -106,7 +106,7 @@ def fuzz_configs(script: str, arguments: list[str], folder: Path, count: int, se
 
 
 def mutate_config(config: dict, rng: Generator) -> tuple[bytes, str]:
-    """A config file with one thing wrong, and what that is."""
+    """Make a config file with one thing wrong, and describe it."""
     values = copy.deepcopy(config)
     section = str(rng.choice(sorted(values)))
     key = str(rng.choice(sorted(values[section])))
@@ -129,7 +129,7 @@ def mutate_config(config: dict, rng: Generator) -> tuple[bytes, str]:
 
 
 def damage(content: bytes, rng: Generator) -> bytes:
-    """Truncated, or with some bytes changed, added or taken out."""
+    """Truncate `content`, or change, add or remove some bytes."""
     where = int(rng.integers(len(content)))
     kind = rng.integers(4)
     if kind == 0:
@@ -145,7 +145,7 @@ def damage(content: bytes, rng: Generator) -> bytes:
 
 
 def fuzz_data(script: str, arguments: list[str], folder: Path, count: int, seed: int, capsys) -> Counter:
-    """Run `script`, `count` times, on a copy of the data that `arguments` name with one file mutated."""
+    """Run `script` `count` times on a copy of its data with one file mutated."""
     rng, outcomes = np.random.default_rng(seed), Counter()
     data = _parsed(script, arguments).data
     open_reader(data)  # makes the split
@@ -178,7 +178,7 @@ def _draw_file(root: Path, split: Path, rng: Generator) -> tuple[Path, Callable[
     kind = rng.integers(3)
     if kind == 0:
         return lists[rng.integers(len(lists))], LIST_CHANGES[rng.integers(len(LIST_CHANGES))]
-    # Files that a short run does come to: the labeled list's and the validation list's.
+    # Files that a short run reads: those of the labeled and of the validation list.
     names = [name for path in lists if "unlabeled" not in path.name for name in path.read_text().split()]
     name = names[rng.integers(len(names))]
     if kind == 1:
