@@ -19,6 +19,7 @@ from PIL import Image
 
 from common.config import parse, to_dict
 from common.datasets import open_reader
+from common.splits.split import split_of
 from tests.conftest import flags, module_of
 
 SECONDS = 20
@@ -89,7 +90,7 @@ def fuzz_configs(script: str, arguments: list[str], folder: Path, count: int, se
     """Run `script` with `count` mutated copies of the config that `arguments` give."""
     rng, outcomes = np.random.default_rng(seed), Counter()
     parsed = _parsed(script, arguments)
-    open_reader(parsed.data)  # makes the split
+    split_of(parsed.data, open_reader(parsed.data))  # draws the split of the built-in data
     config, data = to_dict(parsed), Path(parsed.data.root)
     for number in range(count):
         text, change = mutate_config(config, rng)
@@ -148,7 +149,7 @@ def fuzz_data(script: str, arguments: list[str], folder: Path, count: int, seed:
     """Run `script` `count` times on a copy of its data with one file mutated."""
     rng, outcomes = np.random.default_rng(seed), Counter()
     data = _parsed(script, arguments).data
-    open_reader(data)  # makes the split
+    split_of(data, open_reader(data))  # draws the split of the built-in data
     root, split, run = (folder / name for name in ("data", "split", "run"))
     shutil.copytree(data.root, root)
     shutil.copytree(data.split, split)
