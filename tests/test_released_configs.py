@@ -38,7 +38,7 @@ def parsed(config_class, script: str, file: Path) -> dict:
     return values
 
 
-def ours(config_class, name: str, **changes) -> dict:
+def config_values(config_class, name: str, **changes) -> dict:
     """Values of a config of this project, changed by values under `section__key`."""
     values = to_dict(load_config(config_class, ROOT / name))
     values["run"].pop("dir")
@@ -111,8 +111,8 @@ def changed(values: dict, changes: dict) -> dict:
 
 def cac_file(folder: Path, changes: dict | None = None) -> Path:
     # As the release stores it in a run folder too: sorted.
-    (folder / "theirs.json").write_text(json.dumps(changed(CAC, changes or {}), sort_keys=True))
-    return folder / "theirs.json"
+    (folder / "original.json").write_text(json.dumps(changed(CAC, changes or {}), sort_keys=True))
+    return folder / "original.json"
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def cac_file(folder: Path, changes: dict | None = None) -> Path:
 def test_files_of_cac_are_our_configs(tmp_path, capsys, changes, name):
     config_class, script = cac_cps.config.Config, "cac_cps/train.py"
     file = cac_file(tmp_path, changes)
-    assert parsed(config_class, script, file) == ours(config_class, f"cac_cps/configs/{name}.json")
-    assert read(config_class, script, file).run.dir == "saved/theirs"
+    assert parsed(config_class, script, file) == config_values(config_class, f"cac_cps/configs/{name}.json")
+    assert read(config_class, script, file).run.dir == "saved/original"
     table = " ".join(capsys.readouterr().out.split())
     assert "ramp_up │ 0.1 │ ignored" in table
 
@@ -152,13 +152,13 @@ def test_a_changed_file_of_cac(tmp_path, monkeypatch):
     assert config.run.steps_per_epoch is None  # a pass over the labels
     file = cac_file(tmp_path, {"trainer.val_per_epochs": 2})
     config = read(cac_cps.config.Config, "cac_cps/train_semiseg.py", file)
-    assert config.run.eval_every == 2 * 1157 and config.run.dir == "saved/train_semiseg/theirs"
+    assert config.run.eval_every == 2 * 1157 and config.run.dir == "saved/train_semiseg/original"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.tmp": 0.1}, r"theirs\.json: unknown key model\.tmp; did you mean model\.temp\?"),
+        ({"model.tmp": 0.1}, r"original\.json: unknown key model\.tmp; did you mean model\.temp\?"),
         ({"datalist": None}, "datalist missing; a config of CAC's release has them"),
         ({"dataset": "ade20k"}, "dataset is 'ade20k'; the release supports voc, cityscapes"),
         ({"model.layers": 18}, "model.layers is 18; the release supports 50, 101"),
@@ -169,7 +169,7 @@ def test_a_changed_file_of_cac(tmp_path, monkeypatch):
         ({"model.temp": "warm"}, r"method\.cac\.temp"),
     ],
 )
-def test_what_cac_does_not_know_is_told(tmp_path, changes, message):
+def test_what_cac_does_not_know_is_reported(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
         read(cac_cps.config.Config, "cac_cps/train.py", cac_file(tmp_path, changes))
     assert len(str(error.value).splitlines()) <= 2
@@ -270,15 +270,15 @@ def yaml_file(folder: Path, text: str, changes: dict | None = None) -> Path:
     for old, new in (changes or {}).items():
         assert old in text
         text = text.replace(old, new)
-    (folder / "theirs.yaml").write_text(text)
-    return folder / "theirs.yaml"
+    (folder / "original.yaml").write_text(text)
+    return folder / "original.yaml"
 
 
 @pytest.mark.parametrize(("changes", "name"), [({}, "voc"), (PRCL_CITY, "cityscapes")])
 def test_files_of_prcl_are_our_configs(tmp_path, capsys, changes, name):
     file = yaml_file(tmp_path, PRCL, changes)
     config_class = prcl.train.Config
-    assert parsed(config_class, "prcl/train.py", file) == ours(config_class, f"prcl/configs/{name}.json")
+    assert parsed(config_class, "prcl/train.py", file) == config_values(config_class, f"prcl/configs/{name}.json")
     assert "Prcl_Loss.warm_up │ 0 │ ignored" in " ".join(capsys.readouterr().out.split())
 
 
@@ -288,7 +288,7 @@ def test_files_of_prcl_are_our_configs(tmp_path, capsys, changes, name):
 def test_files_of_css_are_our_configs(tmp_path, changes, name, split):
     file = yaml_file(tmp_path, CSS, changes)
     config_class = css.train.Config
-    own = ours(config_class, f"css/configs/{name}.json", **({"data__split": split} if split else {}))
+    own = config_values(config_class, f"css/configs/{name}.json", **({"data__split": split} if split else {}))
     assert parsed(config_class, "css/train.py", file) == own
 
 
@@ -320,7 +320,7 @@ def test_trees_and_lists_of_prcl_are_taken_where_they_are(tmp_path, monkeypatch)
 )
 def test_unsafe_and_unknown_yaml_is_refused(tmp_path, changes, message):
     file = yaml_file(tmp_path, PRCL, changes)
-    with pytest.raises(UserError, match=rf"theirs\.yaml: .*{message}") as error:
+    with pytest.raises(UserError, match=rf"original\.yaml: .*{message}") as error:
         read(prcl.train.Config, "prcl/train.py", file)
     assert len(str(error.value).splitlines()) == 1
 
@@ -425,7 +425,7 @@ def config_py(folder: Path, changes: dict | None = None) -> Path:
 def test_files_of_cpcl_are_our_configs(tmp_path, capsys, name, changes, ratio, epochs):
     changes = changes | {"ratio = 8": f"ratio = {ratio}", "nepochs = 34": f"nepochs = {epochs}"}
     file, config_class = config_py(tmp_path, changes), cpcl.train.Config
-    own = ours(config_class, f"cpcl/configs/{name}_resnet50_1over{ratio}.json")
+    own = config_values(config_class, f"cpcl/configs/{name}_resnet50_1over{ratio}.json")
     assert parsed(config_class, "cpcl/train.py", file) == own
     table = " ".join(capsys.readouterr().out.split())
     assert "display_iter │ 50 │ ignored" in table and "max_samples │ (line 5" in table
@@ -489,7 +489,7 @@ def test_a_config_py_is_read_and_never_run(tmp_path, monkeypatch, changes, messa
     ],
 )
 def test_a_translated_file_is_the_config_that_training_reads(tmp_path, capsys, paper, config_class, text):
-    source, out = tmp_path / "theirs", tmp_path / "mine.json"
+    source, out = tmp_path / "original", tmp_path / "mine.json"
     source.write_text(text)
     main_translate(paper, importlib.import_module(f"{paper}.released").translate, [str(source), "--out", str(out)])
     output = capsys.readouterr()
@@ -507,15 +507,15 @@ def test_a_released_file_is_translated_by_the_command(tmp_path):
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
-        (PRCL.replace("uncer_lr", "uncert_lr"), [], r"theirs\.yaml: unknown key Optim\.uncert_lr; did you mean"),
-        ("{}", [], r"theirs\.yaml is not a config file of the repository that prcl/ follows"),
+        (PRCL.replace("uncer_lr", "uncert_lr"), [], r"original\.yaml: unknown key Optim\.uncert_lr; did you mean"),
+        ("{}", [], r"original\.yaml is not a config file of the repository that prcl/ follows"),
         (PRCL, ["--out", "nowhere/mine.json"], r"nowhere/mine\.json cannot be written: No such file"),
     ],
 )
 def test_files_that_cannot_be_translated_are_reported(tmp_path, monkeypatch, capsys, text, arguments, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "theirs.yaml").write_text(text)
+    (tmp_path / "original.yaml").write_text(text)
     with pytest.raises(SystemExit) as stop:
-        main_translate("prcl", prcl.released.translate, ["theirs.yaml", *arguments])
+        main_translate("prcl", prcl.released.translate, ["original.yaml", *arguments])
     error = capsys.readouterr().err.split("error: ")[1]
     assert stop.value.code == 2 and re.match(message, error) and len(error.splitlines()) <= 2

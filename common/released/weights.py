@@ -41,7 +41,7 @@ CAC = (
 )
 CAC_HEADS = ("project.",)
 # The same for CPS in CAC's code base, which names the encoder `backbone`, and for original CPS and CPCL.
-CPS_IN_CAC = {re.sub("^encoder", "backbone", official): ours for official, ours in CAC.items()}
+CPS_IN_CAC = {re.sub("^encoder", "backbone", official): key for official, key in CAC.items()}
 CPS = {
     "backbone.": "encoder.",
     "head.aspp.map_convs.": "aspp.branches.",
