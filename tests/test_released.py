@@ -1,4 +1,4 @@
-"""Checkpoints as the five repositories write them: evaluated, written as runs of this project, used without the original."""
+"""Checkpoints in the formats of five repositories: evaluated, converted to runs, and used without the original."""
 
 import importlib
 import json
@@ -28,7 +28,12 @@ from tests.conftest import ROOT
 
 @dataclass(frozen=True)
 class ReleaseFormat:
-    """How one repository writes a checkpoint; `names` are its prefixes -> this project's, `heads` weights without a counterpart."""
+    """Checkpoint format of one repository.
+
+    Attributes:
+        names: Key prefixes of the release -> those of this project.
+        heads: Weights without a counterpart in this project.
+    """
 
     paper: str
     model: dict[str, Any]
