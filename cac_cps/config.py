@@ -1,13 +1,22 @@
-"""What the three scripts share: the config, the data, the optimizer and the protocol of evaluation."""
+"""Configuration that CAC and CPS share: hyper-parameters, epoch length and evaluation protocol."""
 
 from dataclasses import dataclass, field
 from typing import Optional
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-
-from cac_cps.released import translate
-from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
+from common.config.sections import BaseConfig
+from common.config.types import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Scale,
+    Size,
+    whole_number,
+)
 from common.evaluation.inference import Protocol
+
+STEPS_PER_EPOCH = 1157  # for every dataset and split, as released
+PastSteps = whole_number(0, 2**10)
 
 
 @dataclass
@@ -15,16 +24,16 @@ class CAC:
     """CAC's hyper-parameters, named as in its config files.
 
     Args:
-        supervised: Labeled images only.
+        supervised: Train on the labeled images only.
         weight_unsup: Weight of the contrastive loss.
-        epoch_start_unsup: Epochs at the start that learn from labeled images alone.
-        pos_thresh_value: Confidence that the teaching view of a place must exceed.
-        temp: Temperature.
-        selected_num: Cells of either view that go to the bank a step, over all processes.
-        step_save: Past steps the bank holds besides the current one.
+        epoch_start_unsup: Number of first epochs that use labeled images only.
+        pos_thresh_value: Confidence that a positive cell must exceed in the other crop, which serves as its target.
+        temp: Temperature of the contrastive loss.
+        selected_num: Cells of each crop that enter the bank per step, over all processes.
+        step_save: Number of past steps whose cells the bank keeps, besides the current step.
         proj_final_dim: Dimensions of the embedding.
-        scale_range: Of the longer side of unlabeled images.
-        iou_bound: Smallest and largest intersection over union of two crops.
+        scale_range: Smallest and largest random scale of the longer side of an unlabeled image.
+        iou_bound: Smallest and largest intersection over union of the two crops of an image.
     """
 
     supervised: bool = False
@@ -33,9 +42,9 @@ class CAC:
     pos_thresh_value: ClosedUnitInterval = 0.75
     temp: PositiveFloat = 0.1
     selected_num: PositiveInt = 12800
-    step_save: NonNegativeInt = 1
-    proj_final_dim: PositiveInt = 128
-    scale_range: tuple[PositiveFloat, PositiveFloat] = (0.8, 2.0)
+    step_save: PastSteps = 1
+    proj_final_dim: Size = 128
+    scale_range: tuple[Scale, Scale] = (0.8, 2.0)
     iou_bound: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.1, 1.0)
 
 
@@ -44,9 +53,9 @@ class CPS:
     """CPS's hyper-parameters.
 
     Args:
-        weight: Weight of the cross pseudo supervision; by default 1.5, on Cityscapes 6, with CutMix 1 and 5.
-        lr: Learning rate at the first step where CPS has another than CAC; by default `optim.lr`.
-        ohem: Mine hard pixels in the labeled loss, as original CPS does on Cityscapes.
+        weight: Weight of the cross pseudo supervision; by default 1.5 (Cityscapes 6), and with CutMix 1 (Cityscapes 5).
+        lr: Learning rate at the first step, if CPS has another one than CAC; by default `optim.lr`.
+        ohem: Compute the labeled loss on hard pixels only, as original CPS does on Cityscapes.
     """
 
     weight: Optional[NonNegativeFloat] = None
@@ -56,20 +65,21 @@ class CPS:
 
 @dataclass
 class Method:
-    """What the scripts share, and the section of each.
+    """Hyper-parameters shared by the three scripts, and one section for each of the two methods.
 
     Args:
-        base_size: Length of the longer side at scale 1, pixels; null cuts as original CPS does, at one of `scales`.
-        scales: Of original CPS's crops.
-        jitter: Change the colors of labeled images.
-        backbone_lr_scale: Learning rate of the backbone in terms of `optim.lr`.
-        decay_norms: Weight decay on batch norm and biases too.
+        base_size: Length of an image's longer side at scale 1, in pixels; null crops as original CPS does, at a scale
+            drawn from `scales`.
+        scales: Random scales of original CPS's crops, equally likely.
+        jitter: Augment labeled images with color jitter.
+        backbone_lr_scale: Learning rate of the backbone divided by `optim.lr`.
+        decay_norms: Apply weight decay to batch-norm parameters and biases too.
         cac: Section of train.py.
         cps: Section of train_semiseg.py and train_semiseg_cutmix.py.
     """
 
-    base_size: Optional[PositiveInt] = None
-    scales: tuple[PositiveFloat, ...] = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
+    base_size: Optional[Size] = None
+    scales: tuple[Scale, ...] = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
     jitter: bool = False
     backbone_lr_scale: PositiveFloat = 0.1
     decay_norms: bool = True
@@ -78,23 +88,17 @@ class Method:
 
 
 @dataclass
-class Config:
-    data: DataConfig
-    model: ModelConfig
-    optim: OptimConfig
+class Config(BaseConfig):
     method: Method
-    run: RunConfig
-
-    from_released = staticmethod(translate)
 
 
 def protocol_of(config: Config) -> Protocol:
-    """Whole images padded to multiples of 8; for the head of original CPS a sliding window of the crop's size."""
+    """Return the evaluation protocol: whole images padded to multiples of 8, or original CPS's sliding window."""
     return Protocol(crop=tuple(config.data.crop_size)) if config.model.head == "v3plus_cps" else Protocol(multiple=8)
 
 
 def cps_weight(config: Config, cutmix: bool) -> float:
-    """The weight of the cross pseudo supervision: the config's, or what original CPS has for the dataset."""
+    """Return the weight of the cross pseudo supervision: the config's, or original CPS's for the dataset."""
     if config.method.cps.weight is not None:
         return config.method.cps.weight
     on_cityscapes = config.data.dataset == "cityscapes"

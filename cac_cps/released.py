@@ -1,4 +1,7 @@
-"""Weights as the releases of CAC and CPS have them."""
+"""Translate the config files of CAC's repository, and convert the checkpoints of CAC and CPS.
+
+python cac_cps/released.py FILE.json --out mine.json
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,48 +9,46 @@ from pathlib import Path
 
 from torch import Tensor
 
+from cac_cps.config import STEPS_PER_EPOCH
 from common.config.files import Translation, flatten, read_commented_json
 from common.errors import UserError
 from common.evaluation.released_checkpoints import Release
-from common.released.configs import Settings, choice, ignored, only, root_of, same, translate_keys, whole
+from common.released.configs import (
+    Settings,
+    choice,
+    ignored,
+    main_translate,
+    only,
+    root_of,
+    same,
+    translate_keys,
+    whole,
+)
 from common.released.weights import CAC_HEADS, deeplab_from_cac, deeplab_from_cps
 
 
 def segmenter_of(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """The segmenter of a published checkpoint with our keys.
+    """Convert the segmenter of a published checkpoint to this project's keys.
 
     Args:
-        state: Of CAC, of CPS in CAC's code base, or of original CPS.
-        number: Network 1 or 2 of CPS; CAC has one.
+        state: Weights of CAC, of CPS in CAC's code base, or of original CPS.
+        number: Network 1 or 2 of CPS; CAC has one network.
 
     Raises:
-        UserError: keys of another network, or a second network that is not there.
+        UserError: keys of another network, or a missing second network.
     """
     is_cac = any(key.removeprefix("module.").startswith("encoder.backbone.") for key in state)
     return deeplab_from_cac(state) if is_cac and number == 1 else deeplab_from_cps(state, number)
 
 
-RELEASE = Release(
-    segmenter_of,
-    configs={
-        ("v3plus_cac", 21): "cac_cps/configs/voc_cac_deeplabv3+_resnet50_1over8_datalist0.json",
-        ("v3plus_cac", 19): "cac_cps/configs/city_cac_deeplabv3+_resnet50_1over8_datalist0.json",
-        ("v3plus_cps", 21): "cac_cps/configs/voc_cps_resnet50_1over8.json",
-        ("v3plus_cps", 19): "cac_cps/configs/city_cps_resnet50_1over8.json",
-    },
-    heads=CAC_HEADS,
-)
-
-
-STEPS_PER_EPOCH = 1157  # of every dataset and split, as released
-CITY_LR, CITY_CPS_LR = 0.1, 0.04  # on Cityscapes CPS in CAC's code was trained with a rate of its own
+CITY_LR, CITY_CPS_LR = 0.1, 0.04  # CPS in CAC's code base was trained on Cityscapes with its own rate
 DATASETS: dict[str, Settings] = {
     "voc": {"data.dataset": "voc", "model.num_classes": 21},
     "cityscapes": {"data.dataset": "cityscapes", "model.num_classes": 19},
 }
 ROOTS = {"voc": "data/VOCdevkit/VOC2012", "cityscapes": "data/cityscapes"}
 LISTS = {"voc": "voc_splits", "cityscapes": "city_splits"}
-# What the release does for every config.
+# Settings that hold for every config of the release.
 ALWAYS: Settings = {
     "data.scale_range": [0.5, 2.0],
     "model.head": "v3plus_cac",
@@ -70,14 +71,14 @@ REQUIRED = (
     "train_supervised.base_size",
     "trainer.epochs",
 )
-UNUSED = "the release reads it nowhere"
+UNUSED = "the release never reads it"
 
 
 def translate(text: str) -> Translation | None:
-    """A config file of the release in our words; None where `text` is something else.
+    """Translate a config file of the release; None if `text` is something else.
 
     Raises:
-        UserError: a key that the release does not have, one that is missing, or a value that it does not know.
+        UserError: a key that the release does not have, a missing key, or an unknown value.
     """
     try:
         values = read_commented_json(text)
@@ -100,11 +101,11 @@ def _root(key: str, flat: Settings) -> Settings:
 
 
 def _lists(key: str, flat: Settings) -> Settings:
-    """The list where `splits/adopt.py` puts it, or where the release has it."""
+    """Find the list where `splits/adopt.py` writes it, or else in the folder of the release."""
     name = f"{choice(flat, 'dataset', LISTS)}{flat['datalist']}"
     labels = whole(flat, "n_labeled_examples")
-    at_theirs = Path("dataloaders", name)
-    folder = at_theirs if at_theirs.is_dir() and not Path("splits", name).is_dir() else Path("splits", name)
+    adopted, original = Path("splits", name), Path("dataloaders", name)
+    folder = original if original.is_dir() and not adopted.is_dir() else adopted
     return {"data.split": f"{folder}/{labels}"}
 
 
@@ -113,11 +114,11 @@ def _backbone(key: str, flat: Settings) -> Settings:
 
 
 def _supervised(flat: Settings) -> bool:
-    """Exactly one of `model.supervised` and `model.semi` is true."""
+    """Read `model.supervised` and `model.semi`, exactly one of which is true."""
     semi = flat.get("model.semi", not flat.get("model.supervised", False))
     supervised = flat.get("model.supervised", not semi)
     if not isinstance(semi, bool) or supervised is not (not semi):
-        raise UserError("one of model.supervised and model.semi must be true, the other one false")
+        raise UserError("one of model.supervised and model.semi must be true, and the other one false")
     return supervised
 
 
@@ -126,18 +127,18 @@ def _mode(key: str, flat: Settings) -> Settings:
 
 
 def _length(key: str, flat: Settings) -> Settings:
-    """From labels alone an epoch is a pass over them, the default here too."""
+    """Read the length; in supervised runs an epoch is one pass over the labeled images, the default here."""
     return {"run.epochs": flat[key]} | ({} if _supervised(flat) else {"run.steps_per_epoch": STEPS_PER_EPOCH})
 
 
 def _cells(key: str, flat: Settings) -> Settings:
-    """Theirs counts for a process, ours for all."""
+    """Convert the number of cells per process to the total over all processes."""
     return {"method.cac.selected_num": whole(flat, key) * whole(flat, "n_gpu")}
 
 
 def _lr(key: str, flat: Settings) -> Settings:
-    of_cps = flat[key] == CITY_LR and choice(flat, "dataset", LISTS) == LISTS["cityscapes"]
-    return {"optim.lr": flat[key]} | ({"method.cps.lr": CITY_CPS_LR} if of_cps else {})
+    has_cps_lr = flat[key] == CITY_LR and choice(flat, "dataset", LISTS) == LISTS["cityscapes"]
+    return {"optim.lr": flat[key]} | ({"method.cps.lr": CITY_CPS_LR} if has_cps_lr else {})
 
 
 def _crop(key: str, flat: Settings) -> Settings:
@@ -145,18 +146,18 @@ def _crop(key: str, flat: Settings) -> Settings:
 
 
 def _workers(key: str, flat: Settings) -> Settings | str:
-    """Theirs are shared by the processes, ours are each process's."""
+    """Convert the loader workers shared by all processes to those of each process."""
     if flat[key] == 0:
         return {"data.workers": 0}
     return {"data.workers": max(1, whole(flat, key) // whole(flat, "n_gpu"))}
 
 
 def _as_labeled(key: str, flat: Settings) -> str:
-    """Crops and batches of unlabeled images are those of labeled ones."""
+    """Check that crops and batches of unlabeled images equal those of labeled ones, as here."""
     labeled = key.replace("train_unsupervised", "train_supervised")
     if flat[key] != flat.get(labeled):
-        raise UserError(f"{key} is {flat[key]!r}; here it is that of labeled images, {flat.get(labeled)!r}")
-    return f"as {labeled}"
+        raise UserError(f"{key} is {flat[key]!r}; it must equal {labeled}, {flat.get(labeled)!r}")
+    return f"equal to {labeled}"
 
 
 def _cadence(key: str, flat: Settings) -> Settings | str:
@@ -182,28 +183,28 @@ SAME = {
     "train_unsupervised.iou_bound": "method.cac.iou_bound",
     "trainer.log_per_iter": "run.log_every",
 }
-# Keys with a single value, and what it means here.
+# Keys with a single valid value, and its meaning here.
 ONLY = {
     "lr_scheduler": ("Poly", "the only schedule"),
     "use_weak_lables": (False, "labels of unlabeled images are never read"),
     "model.supervised_w": (1, "the weight of the labeled loss"),
     "model.downsample": (True, "the only resolution of the embedding"),
     "model.out_dim": (256, "the default of model.channels"),
-    "model.backbone": ("deeplab_v3+", "model.head says it"),
-    "model.stride": (8, "pixels of a cell"),
+    "model.backbone": ("deeplab_v3+", "set by model.head"),
+    "model.stride": (8, "pixels per cell"),
     "optimizer.type": ("SGD", "the default of optim.name"),
     "train_supervised.shuffle": (True, "images are always shuffled"),
-    "train_supervised.scale": (True, "data.scale_range says it"),
+    "train_supervised.scale": (True, "set by data.scale_range"),
     "train_supervised.augment": (True, "labeled images are always augmented"),
     "train_supervised.flip": (True, "images are always flipped at random"),
     "train_unsupervised.shuffle": (True, "images are always shuffled"),
-    "train_unsupervised.stride": (8, "pixels of a cell"),
+    "train_unsupervised.stride": (8, "pixels per cell"),
     "trainer.val": (True, "a run is always evaluated"),
 }
 RULES = {
     **same(SAME),
     **only(ONLY),
-    **ignored("name experim_name", "run.dir has the name of the config file"),
+    **ignored("name experim_name", "the run folder has the name of the config file"),
     **ignored(
         "diff_lrs ramp_up unsupervised_w ignore_index weakly_loss_w pretrained model.sup_loss trainer.save_period "
         "trainer.tensorboardX train_supervised.rotate train_supervised.blur train_unsupervised.rotate "
@@ -211,17 +212,17 @@ RULES = {
         "train_unsupervised.jitter",
         UNUSED,
     ),
-    **ignored("train_supervised.data_dir train_unsupervised.data_dir val_loader.data_dir", "data.root says it"),
-    **ignored("train_supervised.split train_unsupervised.split val_loader.split", "data.split says it"),
-    **ignored("train_unsupervised.num_workers val_loader.num_workers", "as train_supervised.num_workers"),
+    **ignored("train_supervised.data_dir train_unsupervised.data_dir val_loader.data_dir", "set by data.root"),
+    **ignored("train_supervised.split train_unsupervised.split val_loader.split", "set by data.split"),
+    **ignored("train_unsupervised.num_workers val_loader.num_workers", "equal to train_supervised.num_workers"),
     **ignored(
         "val_loader.batch_size val_loader.crop_size val_loader.base_size val_loader.val val_loader.shuffle",
         "whole images are evaluated one by one",
     ),
-    **ignored("trainer.monitor", "the best checkpoint is that of the highest mIoU"),
+    **ignored("trainer.monitor", "the best checkpoint is the one with the highest mIoU"),
     **ignored("trainer.early_stop", "no run is stopped early"),
-    **ignored("trainer.log_dir", "logs are in run.dir"),
-    **ignored("n_gpu", "counts in method.cac.selected_num; `accelerate launch` says how many processes there are"),
+    **ignored("trainer.log_dir", "logs go to the run folder"),
+    **ignored("n_gpu", "counted in method.cac.selected_num; `accelerate launch` sets the processes"),
     "dataset": _dataset,
     "data_dir": _root,
     "datalist": _lists,
@@ -236,7 +237,21 @@ RULES = {
     "train_unsupervised.batch_size": _as_labeled,
     "train_unsupervised.crop_size": _as_labeled,
     "train_unsupervised.base_size": _as_labeled,
-    "trainer.save_dir": lambda key, flat: f"run.dir {flat[key]}/<name of the config file>",
+    "trainer.save_dir": lambda key, flat: f"folder of runs trained from this file: {flat[key]}/<name of the file>",
     "trainer.epochs": _length,
     "trainer.val_per_epochs": _cadence,
 }
+RELEASE = Release(
+    segmenter_of,
+    configs={
+        ("v3plus_cac", 21): "cac_cps/configs/voc_cac_deeplabv3+_resnet50_1over8_datalist0.json",
+        ("v3plus_cac", 19): "cac_cps/configs/city_cac_deeplabv3+_resnet50_1over8_datalist0.json",
+        ("v3plus_cps", 21): "cac_cps/configs/voc_cps_resnet50_1over8.json",
+        ("v3plus_cps", 19): "cac_cps/configs/city_cps_resnet50_1over8.json",
+    },
+    heads=CAC_HEADS,
+    translate=translate,
+)
+
+if __name__ == "__main__":
+    main_translate("cac_cps", translate)

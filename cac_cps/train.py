@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from cac_cps.config import Config, protocol_of
+from cac_cps.config import STEPS_PER_EPOCH, Config, protocol_of
 from cac_cps.crops import CELL, Pair, augment_views, overlap_cells
 from cac_cps.losses import context_loss
 from cac_cps.panels import save_pair_panel
-from cac_cps.released import STEPS_PER_EPOCH
+from cac_cps.released import translate
 from cac_cps.training import augment_labeled, check_unlabeled, make_labeled_images, make_optimizer, pair_crop
-from common.config import parse
 from common.config.sections import ModelConfig
 from common.engine.run import Run
+from common.engine.start import start
 from common.errors import UserError, report_errors
 from common.evaluation.evaluate import evaluate_run
 from common.images import to_device
@@ -188,9 +188,8 @@ def cells_per_process(config: Config, run: Run) -> int:
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "cac_cps/train.py", argv)
-    with Run(config, "cac_cps/train.py") as run:
-        train(config, run)
+    with start(Config, "cac_cps/train.py", argv, translate) as run:
+        train(run.config, run)
 
 
 def train(config: Config, run: Run) -> None:

@@ -10,10 +10,10 @@ every departure from the released code, hardware and results.
 
 from torch.profiler import record_function
 
-from cac_cps.config import Config, cps_weight, protocol_of
+from cac_cps.config import STEPS_PER_EPOCH, Config, cps_weight, protocol_of
 from cac_cps.losses import cross_pseudo_loss, pseudo_label
 from cac_cps.panels import save_disagreement_panel
-from cac_cps.released import STEPS_PER_EPOCH
+from cac_cps.released import translate
 from cac_cps.training import (
     augment_labeled,
     check_unlabeled,
@@ -23,8 +23,8 @@ from cac_cps.training import (
     make_unlabeled_images,
 )
 from common.augment import cutmix_box_masks, mix
-from common.config import parse
 from common.engine.run import Run
+from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run
 from common.images import normalize
@@ -37,9 +37,8 @@ from common.seeding import generators
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "cac_cps/train_semiseg_cutmix.py", argv)
-    with Run(config, "cac_cps/train_semiseg_cutmix.py") as run:
-        train(config, run)
+    with start(Config, "cac_cps/train_semiseg_cutmix.py", argv, translate) as run:
+        train(run.config, run)
 
 
 def train(config: Config, run: Run) -> None:

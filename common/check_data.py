@@ -1,15 +1,12 @@
-"""Look at the data a config names, before a long run does.
+"""Check the dataset of a config before training on it.
 
     python -m common.check_data --config prcl/configs/voc.json --data.root data/VOC2012
 
-The config may also be one that a paper's own repository released.
-Every image of the three lists is decoded, and every label of the labeled and the validation list. Reported are the tree
-that was found, the lists and which published ones they are, missing and broken files, sizes, and the share of pixels of
-each class. The last line is the verdict; the exit status is 2 when something is wrong.
+Every image of the three lists is decoded, and every label of the labeled and the validation list. The report names the
+layout of the dataset, the lists and the published split they belong to, missing and broken files, image sizes, and the
+share of pixels per class. The last line is the result; the exit status is 2 if there are problems.
 """
 
-import argparse
-import importlib
 import os
 import sys
 from collections import Counter
@@ -17,31 +14,36 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
-from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from common import IGNORE
-from common.config import load_config, to_dict
-from common.config.files import Translation, flatten
-from common.config.parsing import override_split_source, seed_split
-from common.config.sections import DataConfig, SharedConfig
+from common.config.parsing import read_arguments
+from common.config.sections import BaseConfig, DataConfig
 from common.datasets import Reader, open_reader
 from common.errors import UserError
 from common.splits.published import said_of
 from common.splits.split import Split, split_of
 
+ABOUT = "Check the dataset of a config before training on it; --data.KEY and --model.KEY override the config file."
 SHOWN_FAULTS = 5
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class Findings:
-    """What the files of one list hold: `sizes` counts (width, height), `pixels` int64 [256] class ids and 255."""
+    """Findings in the files of one list.
+
+    Attributes:
+        images: Number of images in the list.
+        missing: Images without an image or label file.
+        broken: Images with a file that cannot be read.
+        sizes: Number of images per (width, height).
+        pixels: int64 [256], number of pixels per class id and of the ignored value 255.
+        faults: One line per missing or broken file.
+    """
 
     images: int = 0
     missing: int = 0
@@ -54,7 +56,7 @@ class Findings:
 def inspect(
     reader: Reader, names: Sequence[str], with_labels: bool, progress: Callable[[Iterable], Iterable]
 ) -> Findings:
-    """Read the images of `names`, and their labels if `with_labels`; `progress` wraps the iterable of results."""
+    """Decode all images of `names`, and their labels if `with_labels`; `progress` wraps the iterable of results."""
     findings = Findings(images=len(names))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for part in progress(pool.map(lambda name: _inspect_one(reader, name, with_labels), names)):
@@ -83,31 +85,32 @@ def _inspect_one(reader: Reader, name: str, with_labels: bool) -> Findings:
     return found
 
 
-def problems(config: SharedConfig, reader: Reader, split: Split, found: dict[str, Findings]) -> list[str]:
-    """What is wrong with the lists and with what was found in their files, a line each."""
-    told = []
+def problems(config: BaseConfig, reader: Reader, split: Split, found: dict[str, Findings]) -> list[str]:
+    """List the problems of the lists and of their files, one line each."""
+    lines = []
     for name, findings in found.items():
-        told += [f"{name}: {fault}" for fault in findings.faults[:SHOWN_FAULTS]]
+        lines += [f"{name}: {fault}" for fault in findings.faults[:SHOWN_FAULTS]]
         if len(findings.faults) > SHOWN_FAULTS:
-            told.append(f"{name}: {len(findings.faults) - SHOWN_FAULTS} more files are missing or broken")
+            lines.append(f"{name}: {len(findings.faults) - SHOWN_FAULTS} more files are missing or broken")
     if not config.data.allow_overlap:
-        told += _overlap("labeled", split.labeled, "unlabeled", split.unlabeled, ", without data.allow_overlap")
+        lines += _overlap("labeled", split.labeled, "unlabeled", split.unlabeled, ", and data.allow_overlap is not set")
     for name, names in (("labeled", split.labeled), ("unlabeled", split.unlabeled)):
-        told += _overlap(name, names, "valid", split.valid, "")
+        lines += _overlap(name, names, "valid", split.valid, "")
     for name in ("labeled", "valid"):
         if not found[name].pixels[:IGNORE].any():
-            told.append(f"{name}: no pixel of any class")
+            lines.append(f"{name}: no pixel of any class")
     if len(reader.classes) != config.model.num_classes:
-        told.append(f"model.num_classes is {config.model.num_classes}, but the data have {len(reader.classes)} classes")
-    return told
+        lines.append(f"model.num_classes is {config.model.num_classes}, but the data has {len(reader.classes)} classes")
+    return lines
 
 
-def _overlap(first: str, names: list[str], second: str, others: list[str], unless: str) -> list[str]:
+def _overlap(first: str, names: list[str], second: str, others: list[str], ending: str) -> list[str]:
     both = sorted(set(names) & set(others))
-    return [f"{len(both)} images are both {first} and {second}{unless}, {both[0]} for one"] if both else []
+    return [f"{len(both)} images are both {first} and {second}{ending}, e.g. {both[0]}"] if both else []
 
 
 def report(console: Console, reader: Reader, found: dict[str, Findings]) -> None:
+    """Print the tables of the lists and of the classes."""
     lists = Table("list", "images", "missing", "broken", "sizes (width x height)", title="Lists")
     for name, findings in found.items():
         lists.add_row(name, *map(str, (findings.images, findings.missing, findings.broken)), _sizes(findings.sizes))
@@ -135,17 +138,18 @@ def _share(pixels: np.ndarray, class_id: int) -> str:
     return f"{100 * pixels[class_id] / pixels.sum():.2f}" if pixels[class_id] else "-"
 
 
-def check(config: SharedConfig, console: Console) -> list[str]:
-    """Report on the data of `config`; what is wrong comes back, a line each.
+def check(config: BaseConfig, console: Console) -> list[str]:
+    """Print a report on the data of `config`, and return its problems, one line each.
 
-    Raises UserError when there is no tree or no split to report on.
+    Raises:
+        UserError: no dataset or no split to report on.
     """
-    _say(console, f"dataset: {config.data.dataset}")
+    _print(console, f"dataset: {config.data.dataset}")
     reader = open_reader(config.data)
-    _say(console, f"layout: {reader.layout}")
+    _print(console, f"layout: {reader.layout}")
     split = split_of(config.data, reader, allow_overlap=True)
-    _say(console, f"split: {config.data.lists}")
-    _say(console, said_of(split.labeled, split.unlabeled))
+    _print(console, f"split: {config.data.lists}")
+    _print(console, said_of(split.labeled, split.unlabeled))
     found = {}
     watch = partial(track, console=console, transient=True, disable=not console.is_terminal)
     for name, names in (("labeled", split.labeled), ("unlabeled", split.unlabeled), ("valid", split.valid)):
@@ -163,80 +167,27 @@ def _notes(console: Console, reader: Reader, data: DataConfig, split: Split, fou
         if found["valid"].pixels[class_id] and not found["labeled"].pixels[class_id]
     ]
     if unseen:
-        _say(console, f"note: no labeled image shows {', '.join(unseen)}")
+        _print(console, f"note: no labeled image contains {', '.join(unseen)}")
     if data.allow_overlap:
         for line in _overlap("labeled", split.labeled, "unlabeled", split.unlabeled, ""):
-            _say(console, f"note: {line}, as data.allow_overlap accepts")
+            _print(console, f"note: {line}, accepted by data.allow_overlap")
 
 
-def _say(console: Console, line: str) -> None:
+def _print(console: Console, line: str) -> None:
     console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-
-def translate(text: str) -> Translation | None:
-    """A config file that any paper's repository released, in our words; None where `text` is none.
-
-    Papers are asked by the file that each keeps for this, `released.py`: none is named here.
-
-    Raises:
-        UserError: those that know the kind of file do not know what is in it; each is named with what it lacks.
-    """
-    wrong: dict[str, list[str]] = {}
-    for path in sorted(ROOT.glob("*/released.py")):
-        paper = path.parent.name
-        try:
-            found = importlib.import_module(f"{paper}.released").translate(text)
-        except UserError as error:  # the releases of two papers have files of one kind
-            wrong.setdefault(str(error), []).append(paper)
-            continue
-        if found is not None:
-            return found
-    if wrong:
-        raise UserError("\n".join(f"as a config of {' or '.join(papers)}: {told}" for told, papers in wrong.items()))
-    return None
-
-
-class AnyConfig(SharedConfig):
-    """The shared sections of our configs and of released ones."""
-
-    from_released = staticmethod(translate)
-
-
-def read_config(argv: Sequence[str]) -> SharedConfig:
-    """Sections `data`, `model` and `run` of the file after `--config`, with `--dotted.overrides`; no others.
-
-    Raises UserError as `common.config.load_config`.
-    """
-    files = argparse.ArgumentParser(prog="python -m common.check_data", description=__doc__, allow_abbrev=False)
-    files.formatter_class = argparse.RawDescriptionHelpFormatter
-    files.add_argument(
-        "--config", required=True, help="config of any paper, also as released; --data.KEY and --model.KEY override it"
-    )
-    args, overrides = files.parse_known_args(argv)
-    config = load_config(AnyConfig, args.config, only_known=True)
-    parser = ArgumentParser(exit_on_error=False, parser_mode="json")
-    parser.add_class_arguments(SharedConfig)
-    parser.set_defaults(flatten(to_dict(config)))
-    try:
-        sections = parser.instantiate(parser.parse_args(overrides))
-    except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
-    config = SharedConfig(sections.data, sections.model, sections.run)
-    override_split_source(config.data, {argument.split("=")[0] for argument in overrides})
-    seed_split(config)
-    return config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     try:
-        wrong = check(read_config(sys.argv[1:] if argv is None else argv), console)
+        config, _ = read_arguments(BaseConfig, "python -m common.check_data", argv, description=ABOUT)
+        found = check(config, console)
     except UserError as error:
-        wrong = [str(error)]
-    for line in wrong:
-        _say(console, f"wrong: {line}")
-    _say(console, "verdict: something is wrong, see above" if wrong else "verdict: the data can be used")
-    if wrong:
+        found = [str(error)]
+    for line in found:
+        _print(console, f"problem: {line}")
+    _print(console, "result: problems found, see above" if found else "result: the data can be used")
+    if found:
         sys.exit(2)
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from common.config import load_config
-from common.config.sections import ModelConfig, RunConfig
+from common.config.sections import BaseConfig
 from common.datasets.folder import IMAGE_SUFFIXES
 from common.datasets.reader import picture_size, read_picture
 from common.engine.devices import accelerator_on
@@ -39,14 +39,6 @@ KINDS = {"overlay": ".png", "mask": ".png", "probability": ".npy"}
 SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff")
 
 
-@dataclass
-class Sections:
-    """Sections that are read from the config of any run."""
-
-    model: ModelConfig
-    run: RunConfig
-
-
 @report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -56,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.images is not None and args.out is None:
         raise UserError("--out FOLDER is missing: the folder to write pictures to")
     run, checkpoint = select_checkpoint(args.run, args.which)
-    config = load_config(Sections, run / "config.json", only_known=True)
+    config = load_config(BaseConfig, run / "config.json")
     metainfo = read_metainfo(run, config.model.num_classes)
     accelerator = accelerator_on(args.devices, config.run.precision, argv)
     if metainfo is None:
@@ -101,7 +93,7 @@ def select_checkpoint(given: Path, which: str | None) -> tuple[Path, CheckpointR
         raise UserError(f"{given} is not a run folder and is not inside one: there is no config.json")
     if run != given and which is not None:
         raise UserError(f"-e {which} needs a run folder, but {given} is already a checkpoint: leave -e away")
-    by_epoch = load_config(Sections, run / "config.json", only_known=True).run.epochs is not None
+    by_epoch = load_config(BaseConfig, run / "config.json").run.epochs is not None
     checkpoints, _ = find_checkpoints(run, which if run == given else str(given), by_epoch)
     if len(checkpoints) > 1:
         raise UserError(f"-e {which} selects {len(checkpoints)} checkpoints; give one")

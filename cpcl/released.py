@@ -1,4 +1,7 @@
-"""Checkpoints as CPCL's repository writes them."""
+"""Translate the config.py of CPCL's repository, and describe the checkpoints it writes.
+
+python cpcl/released.py config.py --out mine.json
+"""
 
 import ast
 import json
@@ -10,31 +13,33 @@ from typing import Any
 from common.config.files import Translation
 from common.errors import UserError
 from common.evaluation.released_checkpoints import Release
-from common.released.configs import Rule, Settings, choice, ignored, only, root_of, same, translate_keys, whole
+from common.released.configs import (
+    Rule,
+    Settings,
+    choice,
+    ignored,
+    main_translate,
+    only,
+    root_of,
+    same,
+    translate_keys,
+    whole,
+)
 from common.released.weights import deeplab_from_cps
 
-RELEASE = Release(
-    deeplab_from_cps,
-    configs={
-        ("v3plus_cps", 21): "cpcl/configs/voc_resnet50_1over8.json",
-        ("v3plus_cps", 19): "cpcl/configs/city_resnet50_1over8.json",
-    },
-)
-
-
-NAMES = ("C", "config", "cfg")  # all one object in the release
+NAMES = ("C", "config", "cfg")  # names of one object in the release
 ASSIGNED = re.compile(rf"^\s*({'|'.join(NAMES)})\.\w+\s*=", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What follows from the dataset alone.
+    """Values that follow from the dataset alone.
 
     Attributes:
-        images: Images for training.
-        folder: Of the data, in the release's `volna` and here in `data`.
-        lists: Folder of the lists in it.
-        settings: Of ours.
+        images: Number of training images.
+        folder: Folder of the data, below the release's `volna` and below `data` here.
+        lists: Folder of the lists, below `folder`.
+        settings: Settings of this project.
     """
 
     images: int
@@ -43,7 +48,7 @@ class Experiment:
     settings: Settings = field(default_factory=dict)
 
 
-# The weight of each class in Cityscapes' mined loss, as the release has it in its training script.
+# Class weights of the loss on hard pixels for Cityscapes, from the released training script.
 CLASS_WEIGHT = (
     (0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023)
     + (0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507)
@@ -63,8 +68,11 @@ EXPERIMENTS = {
         },
     ),
 }
-EVALUATED = {"21": 1, "19": 2}  # epochs between evaluations: those of our configs, the release has none in training
-# What the release does for every config.
+EVALUATED = {
+    "21": 1,
+    "19": 2,
+}  # epochs between evaluations, as in cpcl/configs; the release has none in training
+# Settings that hold for every config of the release.
 ALWAYS: Settings = {
     "model.backbone": "resnet50",
     "model.stem": "deep",
@@ -76,45 +84,45 @@ REQUIRED = ("labeled_ratio", "num_classes", "image_height", "image_width", "lr",
 
 
 def translate(text: str) -> Translation | None:
-    """A `config.py` of the release in our words; None where `text` is something else.
+    """Translate a `config.py` of the release; None if `text` is something else.
 
     Raises:
-        UserError: no Python, a key that the release does not have, one that is missing or not written as a literal, or
-            a value that it does not know.
+        UserError: not Python, a key that the release does not have, a missing key, a key that is not written as a
+            literal, or an unknown value.
     """
     if text.lstrip().startswith("{") or not ASSIGNED.search(text):
         return None
     literals, others = read_assignments(text)
     for name, line in others.items():
         if name in SAME or name in REQUIRED:
-            raise UserError(f"line {line}: C.{name} is no literal or conditional, and nothing is run; write its value")
+            raise UserError(f"line {line}: C.{name} is conditional or not a literal, and no code is run; write a value")
     translation = translate_keys(literals, RULES, REQUIRED, ALWAYS, "CPCL's release")
-    computed = [(name, f"(line {line})", _fate(name)) for name, line in others.items()]
+    computed = [(name, f"(line {line})", _outcome(name)) for name, line in others.items()]
     translation.rows[-1:-1] = computed
     return translation
 
 
 def read_assignments(text: str) -> tuple[Settings, dict[str, int]]:
-    """What `C.name = ...` gives each name, without running anything.
+    """Read the assignments `C.name = ...` without running any code.
 
-    Of an `if` and its `else` the one that has a literal counts where the other one has none: the released files ask
-    for environment variables that way.
+    If one branch of an `if` assigns a literal to a name and the other one does not, the literal counts: the released
+    files read environment variables that way.
 
     Returns:
-        Literals, and the line of everything else that is assigned to.
+        The literals, and the line of every other assigned name.
 
     Raises:
-        UserError: it is no Python, or changes the config in another way.
+        UserError: not Python, or the config is changed in another way.
     """
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
-        raise UserError(f"line {error.lineno}: no Python: {error.msg}") from None
+        raise UserError(f"line {error.lineno}: not Python: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise UserError(f"no Python: {error}") from None
+        raise UserError(f"not Python: {error}") from None
     for node in ast.walk(tree):
         if _changes_unseen(node):
-            raise UserError(f"line {node.lineno}: values are read from C.name = VALUE alone; write it so")
+            raise UserError(f"line {node.lineno}: values are only read from C.name = VALUE; write it that way")
     return _of_block(tree.body)
 
 
@@ -153,13 +161,13 @@ def _of_statement(statement: ast.stmt) -> tuple[Settings, dict[str, int]]:
 
 
 def _assigned(statement: ast.stmt) -> dict[str, int]:
-    """Every name of the config that a statement may change, with its line."""
+    """Find every name of the config that a statement may change, with its line."""
     stored = [node for node in ast.walk(statement) if isinstance(node, ast.Attribute) and _name(node)]
     return {node.attr: node.lineno for node in stored if not isinstance(node.ctx, ast.Load)}
 
 
 def _changes_unseen(node: ast.AST) -> bool:
-    """Whether `C["name"] = ...`, `C.update(...)` or `setattr(C, ...)`."""
+    """Detect `C["name"] = ...`, `C.update(...)` and `setattr(C, ...)`."""
     if isinstance(node, ast.Subscript):
         return _config(node.value) and not isinstance(node.ctx, ast.Load)
     if not isinstance(node, ast.Call):
@@ -177,10 +185,10 @@ def _name(node: ast.AST) -> bool:
     return isinstance(node, ast.Attribute) and _config(node.value)
 
 
-def _fate(name: str) -> str:
+def _outcome(name: str) -> str:
     if name in RULES:
-        return "ignored, no literal: what follows from the others, or the default"
-    return "ignored: no literal"
+        return "ignored, not a literal: derived from other keys, or the default"
+    return "ignored: not a literal"
 
 
 def _experiment(flat: Settings) -> Experiment:
@@ -192,7 +200,7 @@ def _dataset(key: str, flat: Settings) -> Settings:
 
 
 def _lists(key: str, flat: Settings) -> Settings:
-    """Root and lists: where the file says, as far as it does."""
+    """Find root and lists, where the file names them if it does."""
     experiment, ratio = _experiment(flat), whole(flat, "labeled_ratio")
     given = flat.get("dataset_path") or f"{flat.get('volna', '')}DATA/{experiment.folder}"
     root = root_of(given, f"data/{experiment.folder}")
@@ -207,7 +215,7 @@ def _lists(key: str, flat: Settings) -> Settings:
 
 
 def _steps(flat: Settings) -> int:
-    """Steps an epoch: as many whole batches as the longer list has."""
+    """Count the steps per epoch: the whole batches of the longer list."""
     images = _experiment(flat).images
     labeled = flat.get("num_train_imgs", images // whole(flat, "labeled_ratio"))
     counts = {"num_train_imgs": labeled, "num_unsup_imgs": flat.get("num_unsup_imgs", images - labeled)} | flat
@@ -218,7 +226,7 @@ def _steps(flat: Settings) -> int:
 
 
 def _length(key: str, flat: Settings) -> Settings:
-    """Length and cadences. Snapshots are of every second epoch (counted from 0) after a sixth of the run."""
+    """Read length and intervals. Every second epoch (counted from 0) has a snapshot after a sixth of the run."""
     epochs, steps = whole(flat, "nepochs"), _steps(flat)
     every = whole({"snapshot_iter": 2} | flat, "snapshot_iter")
     first = (epochs // 6 // every + 1) * every
@@ -237,7 +245,7 @@ def _crop(key: str, flat: Settings) -> Settings:
 
 
 def _pretrained(key: str, flat: Settings) -> Settings:
-    """The file where it is; the placeholder of the release stands for ImageNet's weights."""
+    """Use the file if it exists; the placeholder of the release stands for ImageNet weights."""
     path: Any = flat[key]
     return {"model.pretrained": path if Path(str(path)).is_file() else True}
 
@@ -256,7 +264,7 @@ SAME = {
     "num_workers": "data.workers",
 }
 COUNTS = ("num_train_imgs", "num_unsup_imgs", "max_samples", "niters_per_epoch")
-MASKS = "the only way boxes are drawn"
+MASKS = "the only way of drawing boxes"
 RULES: dict[str, Rule] = {
     **same(SAME),
     **only(
@@ -265,30 +273,30 @@ RULES: dict[str, Rule] = {
             "cutmix_boxmask_by_size": (False, MASKS),
             "cutmix_boxmask_outside_bounds": (False, MASKS),
             "cutmix_boxmask_no_invert": (False, MASKS),
-            "warm_up_epoch": (0, "there is none"),
-            "bn_eps": (1e-5, "batch norm has it"),
-            "bn_momentum": (0.1, "batch norm has it"),
-            "eval_scale_array": ([1], "images are evaluated at their size"),
-            "eval_flip": (False, "images are evaluated as they are"),
+            "warm_up_epoch": (0, "there is no warm-up"),
+            "bn_eps": (1e-5, "the default of batch norm"),
+            "bn_momentum": (0.1, "the default of batch norm"),
+            "eval_scale_array": ([1], "images are evaluated at their own size"),
+            "eval_flip": (False, "images are evaluated without flipping"),
         }
     ),
     **ignored(
         "repo_name abs_dir root_dir log_dir log_dir_link snapshot_dir train_log_file val_log_file link_val_log_file",
-        "everything is in run.dir",
+        "everything goes to the run folder",
     ),
-    **ignored("device", "`accelerate launch` says which GPUs"),
-    **ignored("image_mean image_std", "ImageNet's"),
-    **ignored("background", "the dataset says which class it is"),
+    **ignored("device", "`accelerate launch` chooses the GPUs"),
+    **ignored("image_mean image_std", "ImageNet statistics"),
+    **ignored("background", "defined by the dataset"),
     **ignored("eval_stride_rate", "2/3, as released"),
     **ignored("eval_crop_size", "windows have the size of the crop"),
-    **ignored("eval_source", "images for validation are the dataset's own"),
-    **ignored("img_root_folder gt_root_folder", "data.root"),
+    **ignored("eval_source", "the validation images are the dataset's own"),
+    **ignored("img_root_folder gt_root_folder", "set by data.root"),
     **ignored(
-        "test_source demo_source num_eval_imgs eval_iter record_info_iter display_iter", "the release reads it nowhere"
+        "test_source demo_source num_eval_imgs eval_iter record_info_iter display_iter", "the release never reads it"
     ),
     "num_classes": _dataset,
     "labeled_ratio": _lists,
-    **dict.fromkeys(("volna", "dataset_path"), lambda key, flat: "in data.root, where there are data"),
+    **dict.fromkeys(("volna", "dataset_path"), lambda key, flat: "in data.root, if there are data"),
     **dict.fromkeys(("train_source", "unsup_source"), lambda key, flat: "in data.labeled_list, data.unlabeled_list"),
     "nepochs": _length,
     "snapshot_iter": lambda key, flat: "in run.snapshot_every, run.snapshot_from",
@@ -297,3 +305,14 @@ RULES: dict[str, Rule] = {
     "image_width": lambda key, flat: "in data.crop_size",
     "pretrained_model": _pretrained,
 }
+RELEASE = Release(
+    deeplab_from_cps,
+    configs={
+        ("v3plus_cps", 21): "cpcl/configs/voc_resnet50_1over8.json",
+        ("v3plus_cps", 19): "cpcl/configs/city_resnet50_1over8.json",
+    },
+    translate=translate,
+)
+
+if __name__ == "__main__":
+    main_translate("cpcl", translate)

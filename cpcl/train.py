@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.profiler import record_function
 
 from common.augment import ScaleChoiceCrop, cutmix_box_masks, mix
-from common.config import parse
-from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
+from common.config.sections import BaseConfig
+from common.config.types import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt, Scale, whole_number
 from common.engine.run import Run
+from common.engine.start import start
 from common.errors import UserError, report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.evaluation.inference import Protocol, sum_logits
@@ -34,27 +34,29 @@ from cpcl.losses import Prediction, count_pairs, disagreement, intersect, predic
 from cpcl.released import translate
 
 BEYOND = 1  # pixels by which a crop may exceed its image, as released
+BoxCount = whole_number(1, 2**10)
 
 
 @dataclass
 class Method:
-    """Hyper-parameters of CPCL, named as in the released config.py where it has them.
+    """Hyper-parameters of CPCL, named as in its released config.py where it has them.
 
     Args:
-        unsup_weight: Weight of the losses on unlabeled images.
+        unsup_weight: Weight of the loss on unlabeled images.
         train_scale_array: Random scales of all images, equally likely.
-        cutmix_mask_prop_range: Range of the share of an image that its boxes cover, counted without overlap.
-        cutmix_boxmask_n_boxes: Boxes per mixed image.
-        ohem: Learn from hard labeled pixels only (Cityscapes).
-        ohem_threshold: Probability of the true class up to which a labeled pixel is hard.
-        ohem_min_kept: Minimum number of labeled pixels per image that are learned from.
-        ohem_class_weight: Weight of each class in the loss over hard pixels; empty for equal weights.
+        cutmix_mask_prop_range: Smallest and largest share of the image area that the boxes of a mixture cover if they
+            do not overlap.
+        cutmix_boxmask_n_boxes: Boxes per mixture.
+        ohem: Compute the labeled loss on hard pixels only.
+        ohem_threshold: Probability of its class up to which a labeled pixel is hard.
+        ohem_min_kept: Smallest number of pixels per labeled image that are kept.
+        ohem_class_weight: Weight of each class in the loss on hard pixels; empty for equal weights.
     """
 
     unsup_weight: NonNegativeFloat = 1.0
-    train_scale_array: tuple[PositiveFloat, ...] = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
+    train_scale_array: tuple[Scale, ...] = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
     cutmix_mask_prop_range: tuple[ClosedUnitInterval, ClosedUnitInterval] = (0.25, 0.5)
-    cutmix_boxmask_n_boxes: PositiveInt = 3
+    cutmix_boxmask_n_boxes: BoxCount = 3
     ohem: bool = False
     ohem_threshold: ClosedUnitInterval = 0.7
     ohem_min_kept: PositiveInt = 50_000
@@ -62,14 +64,8 @@ class Method:
 
 
 @dataclass
-class Config:
-    data: DataConfig
-    model: ModelConfig
-    optim: OptimConfig
+class Config(BaseConfig):
     method: Method
-    run: RunConfig
-
-    from_released = staticmethod(translate)
 
 
 def check_method(config: Config) -> None:
@@ -128,9 +124,8 @@ def shown_labels(network: TwoNetworks, protocol: Protocol, image: Tensor) -> Map
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "cpcl/train.py", argv)
-    with Run(config, "cpcl/train.py") as run:
-        train(config, run)
+    with start(Config, "cpcl/train.py", argv, translate) as run:
+        train(run.config, run)
 
 
 def train(config: Config, run: Run) -> None:

@@ -1,39 +1,24 @@
-"""Checkpoints as CSS's repository writes them."""
+"""Translate the config files of CSS's repository, and describe the checkpoints it writes.
 
-from collections.abc import Mapping
-
-from torch import Tensor
+python css/released.py FILE.yaml --out mine.json
+"""
 
 from common.config.files import Translation
 from common.evaluation.released_checkpoints import Release
-from common.released.configs import Settings, choice, ignored, same, translate_keys
-from common.released.weights import PRCL_CSS_HEADS, deeplab_from_prcl_css
+from common.released.configs import Settings, choice, ignored, main_translate, same, translate_keys
+from common.released.weights import PRCL_CSS_ENTRIES, PRCL_CSS_HEADS, deeplab_from_prcl_css
 from common.released.yaml_configs import ALWAYS, REQUIRED, RULES, batch_size, read_released_yaml
 
-
-def segmenter_of(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """The segmenter with our keys; there is one network."""
-    return deeplab_from_prcl_css(state)
-
-
-RELEASE = Release(
-    segmenter_of,
-    configs={("v3plus", 21): "css/configs/voc.json", ("v3plus", 19): "css/configs/cityscapes.json"},
-    entries=("ema", "ema_model", "model"),  # the teacher, which the paper evaluates, before the student
-    heads=PRCL_CSS_HEADS,
-)
-
-
-PROCESSES = 4  # of the released scripts' command lines, whatever their files say
-STEPS = {"run.steps": 80000, "run.eval_every": 2000}  # the first of them also from there
+PROCESSES = 4  # from the command lines of the released scripts, whatever a file states
+STEPS = {"run.steps": 80000, "run.eval_every": 2000}  # run.steps is from the command lines too
 HARD_PIXELS = {"VOC": {}, "CityScapes": {"method.ohem": True}}
 
 
 def translate(text: str) -> Translation | None:
-    """A config file of the release in our words; None where `text` is something else.
+    """Translate a config file of the release; None if `text` is something else.
 
     Raises:
-        UserError: unsafe YAML, a key that the release does not have, one that is missing, or an unknown value.
+        UserError: unsafe YAML, a key that the release does not have, a missing key, or an unknown value.
     """
     flat = read_released_yaml(text)
     if flat is None:
@@ -57,15 +42,25 @@ KEYS = {
             "Loss.num_negatives": "method.num_negatives",
         }
     ),
-    # Of the baseline alone, with a value that no similarity reaches; the others take theirs from the command line.
+    # Only the baseline reads these, with a value that no similarity reaches; the others use their command lines.
     **ignored(
         "Loss.un_threshold Loss.strong_threshold Loss.weak_threshold",
-        "read by ori_pseudo.py alone; the others' defaults are ours, and --method.<name> gives another",
+        "only ori_pseudo.py reads it; the defaults here are the other scripts', and --method.<name> overrides them",
     ),
-    **ignored("Loss.is_available", "the release reads it nowhere; method.max_value 0 leaves the loss out"),
-    **ignored("Loss.warm_up", "the release reads it nowhere; --method.warm_up"),
-    **ignored("Training_Setting.epoch", "the release reads it nowhere: run.steps is that of --total_iter"),
-    **ignored("Distributed.world_size", "the release reads it nowhere; `accelerate launch` says how many processes"),
+    **ignored("Loss.is_available", "the release never reads it; method.max_value 0 disables the loss"),
+    **ignored("Loss.warm_up", "the release never reads it; set --method.warm_up"),
+    **ignored("Training_Setting.epoch", "the release never reads it; run.steps is its --total_iter"),
+    **ignored("Distributed.world_size", "the release never reads it; `accelerate launch` sets the processes"),
     "Dataset.name": _dataset,
     "Dataset.batch_size": lambda key, flat: batch_size(flat, PROCESSES),
 }
+RELEASE = Release(
+    deeplab_from_prcl_css,
+    configs={("v3plus", 21): "css/configs/voc.json", ("v3plus", 19): "css/configs/cityscapes.json"},
+    entries=PRCL_CSS_ENTRIES,
+    heads=PRCL_CSS_HEADS,
+    translate=translate,
+)
+
+if __name__ == "__main__":
+    main_translate("css", translate)

@@ -15,16 +15,24 @@ from functools import partial
 from typing import Literal, Optional
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from common import IGNORE
 from common.augment import apply_geometry_batch, color_jitter_blur_flip, draw_geometry, mix_batch
 from common.augment.views import CropTransform, augment_labeled
-from common.config import parse
-from common.config.sections import DataConfig, ModelConfig, NonPositiveFloat, OptimConfig, RunConfig
+from common.config.sections import BaseConfig, ModelConfig
+from common.config.types import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonPositiveFloat,
+    PositiveFloat,
+    PositiveInt,
+    Scale,
+    Size,
+)
 from common.engine.run import Run
+from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.evaluation.inference import evaluation_mode
@@ -57,30 +65,30 @@ class Method:
     """Hyper-parameters of CSS, named as in its README.
 
     Args:
-        pseudo_label: Source of the pseudo-labels: `mix` where logits and representations agree (the paper), `cross`
-            each space learns from the other one, `ori` the logits (the baseline).
-        alpha_t: Decay of the mean teacher.
-        alpha_p: Decay of the prototypes per step.
-        un_threshold: Confidence from which a pixel counts towards its image's weight in the unsupervised loss.
-        weak_threshold: Confidence from which an unlabeled pixel enters the contrastive loss.
-        strong_threshold: Student's softmax similarity (`ori`: probability) below which a pixel is a hard anchor.
-        similarity_temp: Temperature of the similarity to the prototypes; by default 0.25, for `cross` 0.1.
+        pseudo_label: Pseudo-labels of the losses: `mix` uses the pixels on which logits and representations agree (the
+            paper), `cross` gives each space the labels of the other one, `ori` uses the logits' labels (the baseline).
+        alpha_t: EMA decay of the mean teacher.
+        alpha_p: EMA decay of the prototypes.
+        un_threshold: Confidence from which a pixel counts toward its image's weight in the unsupervised loss.
+        weak_threshold: Confidence from which an unlabeled pixel takes part in the contrastive loss.
+        strong_threshold: The student's softmax similarity (`ori`: probability) below which a pixel is a hard anchor.
+        similarity_temp: Temperature of the similarity to the prototypes; by default 0.25, and 0.1 for `cross`.
         temp: Temperature of the contrastive loss.
         num_queries: Anchors per class.
         num_negatives: Negatives per anchor.
-        warm_up: Epochs at the start in which the logits alone give the pseudo-labels.
-        ramp_unit: Unit of the epochs of warm_up and the ramp: `training` makes the whole run max_epoch epochs long,
+        warm_up: Number of first epochs in which the logits alone give the pseudo-labels.
+        ramp_unit: Meaning of an epoch for `warm_up` and the ramp: `training` divides the run into `max_epoch` epochs,
             `released` counts passes over the labeled images.
-        begin_epoch: Epoch in which the weight of the contrastive loss starts.
-        max_epoch: Epoch from which this weight is min_value.
-        max_value: Weight of the contrastive loss at begin_epoch; 0 disables it. Constant with `ori`.
-        min_value: Smallest weight.
-        ramp_mult: Exponent of the ramp; 0 keeps max_value until max_epoch.
-        ohem: Learn from hard labeled pixels only (Cityscapes).
-        ohem_threshold: Probability of the true class up to which a labeled pixel is hard.
-        ohem_min_kept: Minimum number of labeled pixels per image that are learned from.
-        mix_mode: Operation that mixes unlabeled images.
-        scale_range: Range of random scales of unlabeled images, on the device.
+        begin_epoch: Epoch in which the ramp of the contrastive loss starts.
+        max_epoch: Epoch from which the contrastive loss has the weight `min_value`.
+        max_value: Weight of the contrastive loss at `begin_epoch`; 0 disables the loss. `ori` uses it throughout.
+        min_value: Smallest weight of the contrastive loss.
+        ramp_mult: Exponent of the ramp; 0 keeps `max_value` until `max_epoch`.
+        ohem: Compute the supervised loss on hard pixels only (Cityscapes).
+        ohem_threshold: Probability of its class up to which a labeled pixel is hard.
+        ohem_min_kept: Smallest number of labeled pixels per image that are kept.
+        mix_mode: Mixing of unlabeled images.
+        scale_range: Smallest and largest random scale in the first pass over the unlabeled images.
         embedding_dim: Dimensions of the representation.
     """
 
@@ -92,8 +100,8 @@ class Method:
     strong_threshold: ClosedUnitInterval = 0.8
     similarity_temp: Optional[PositiveFloat] = None
     temp: PositiveFloat = 0.5
-    num_queries: PositiveInt = 256
-    num_negatives: PositiveInt = 512
+    num_queries: Size = 256
+    num_negatives: Size = 512
     warm_up: NonNegativeFloat = 0.0
     ramp_unit: Literal["training", "released"] = "training"
     begin_epoch: NonNegativeFloat = 0.0
@@ -105,8 +113,8 @@ class Method:
     ohem_threshold: ClosedUnitInterval = 0.7
     ohem_min_kept: PositiveInt = 50_000
     mix_mode: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
-    scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
-    embedding_dim: PositiveInt = 256
+    scale_range: tuple[Scale, Scale] = (0.5, 1.5)
+    embedding_dim: Size = 256
 
     def __post_init__(self) -> None:
         if self.similarity_temp is None:
@@ -114,14 +122,8 @@ class Method:
 
 
 @dataclass
-class Config:
-    data: DataConfig
-    model: ModelConfig
-    optim: OptimConfig
+class Config(BaseConfig):
     method: Method
-    run: RunConfig
-
-    from_released = staticmethod(translate)
 
 
 class CSSNetwork(nn.Module):
@@ -296,9 +298,8 @@ def space_maps(image: Tensor, teacher: nn.Module, memory: Prototypes) -> dict[st
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "css/train.py", argv)
-    with Run(config, "css/train.py") as run:
-        train(config, run)
+    with start(Config, "css/train.py", argv, translate) as run:
+        train(run.config, run)
 
 
 def train(config: Config, run: Run) -> None:

@@ -1,4 +1,7 @@
-"""The released checkpoints in ours: segmenter, heads and selectors; the means of the released configs."""
+"""Translate the config files of memory bank's repository, and convert its checkpoints: segmenter, heads, selectors.
+
+python memory_bank/released.py FILE.json --out mine.json
+"""
 
 import re
 from collections.abc import Mapping
@@ -11,19 +14,20 @@ from torch import Tensor
 
 from common.config.files import Translation, flatten, read_commented_json
 from common.errors import UserError
-from common.models.weights import read_torch
-from common.released.configs import Rule, Settings, only, same, translate_keys
-from common.released.weights import deeplab_from_memory_bank
+from common.evaluation.released_checkpoints import Release
+from common.models.weights import UNREACHED, read_torch
+from common.released.configs import Rule, Settings, main_translate, only, same, translate_keys
+from common.released.weights import MEMORY_BANK_HEADS, deeplab_from_memory_bank
 
-# Prefixes of the two heads' keys, released -> ours.
+# Prefixes of the two heads' keys, released -> this project.
 HEADS = {
-    f"{theirs}_head.{index}.": f"{ours}.{name}."
-    for theirs, ours in (("projection", "projection"), ("prediction", "prediction"))
+    f"{head}_head.{index}.": f"{head}.{name}."
+    for head in ("projection", "prediction")
     for index, name in (("0", "first"), ("1", "norm"), ("3", "last"))
 }
-# The same for selectors; a class's number and a dot follow.
+# The same for selectors; the number of a class and a dot follow.
 SELECTORS = {"contrastive_class_selector_memory": "memory_selectors.", "contrastive_class_selector_": "selectors."}
-# What each class's selector holds, released -> ours, where the classes are stacked.
+# Tensors of each class's selector, released -> this project, where those of all classes are stacked.
 STACKED = {
     "0.weight": "first_weight",
     "0.bias": "first_bias",
@@ -36,7 +40,7 @@ STACKED = {
     "3.bias": "last_bias",
 }
 
-# Mean of red, green and blue that is taken off the images of a dataset; with weights from COCO in the order BGR.
+# Mean of red, green and blue that is subtracted from the images of a dataset; in the order BGR with COCO weights.
 MEANS = {
     "pascal_voc": (122.6789143, 116.66876762, 104.00698793),
     "cityscapes": (73.15835921, 82.90891754, 72.39239876),
@@ -45,10 +49,10 @@ MEANS = {
 
 
 def heads_from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of our `Heads` out of a released network's, whose other keys are left out.
+    """Convert the heads and selectors of a released network to the state dict of `Heads`; other keys are left out.
 
     Raises:
-        UserError: selectors that lack a class, or hold something unknown.
+        UserError: selectors that lack a class, or have an unknown key.
     """
     renamed: dict[str, Tensor] = {}
     classes: dict[str, dict[int, Tensor]] = {}
@@ -68,13 +72,8 @@ def heads_from_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def segmenter_of(state: Mapping[str, Tensor], network: int) -> dict[str, Tensor]:
-    """The segmenter of a released checkpoint, as `common.evaluation.cli` asks for it; there is one network."""
-    return deeplab_from_memory_bank(state)
-
-
 COCO_WEIGHTS = "data/resnet101COCO-41f33a49.pth"
-# What follows from the dataset alone; of the roots the first that is there counts, ours before the release's.
+# Settings that follow from the dataset alone. The first existing root counts, this project's before the release's.
 DATASETS: dict[str, Settings] = {
     "cityscapes": {
         "data.dataset": "cityscapes",
@@ -92,10 +91,10 @@ DATASETS: dict[str, Settings] = {
         "method.mix_background": False,
     },
 }
-# What the release does for every config.
+# Settings that hold for every config of the release.
 ALWAYS: Settings = {"data.scale_range": [1.0, 1.0], "optim.nesterov": False}
 
-# Their keys that have the same meaning here.
+# Released keys that keep their meaning.
 SAME = {
     "training.batch_size": "optim.batch_size",
     "training.num_workers": "data.workers",
@@ -111,9 +110,9 @@ SAME = {
     "seed": "run.seed",
     "utils.val_per_iter": "run.eval_every",
 }
-# Keys with a single value, and what it means here.
+# Keys with a single valid value, and its meaning here.
 ONLY = {
-    "model": ("deeplab", "`version` says which"),
+    "model": ("deeplab", "`version` chooses the head"),
     "training.optimizer": ("sgd", "the default of optim.name"),
     "training.lr_schedule": ("poly", "the only schedule"),
 }
@@ -131,7 +130,7 @@ REQUIRED = (
 
 
 def translate(text: str) -> Translation | None:
-    """A config file of the release in our words; None where `text` is something else.
+    """Translate a config file of the release; None if `text` is something else.
 
     Raises:
         UserError: see `translate_values`.
@@ -146,13 +145,13 @@ def translate(text: str) -> Translation | None:
 
 
 def translate_values(values: Mapping[str, Any]) -> Translation:
-    """A config of the release in our words.
+    """Translate a config of the release.
 
     Args:
-        values: As its JSON files have them.
+        values: Nested values of its JSON file.
 
     Raises:
-        UserError: a key that the release does not have, one that is missing, or a value that it does not know.
+        UserError: a key that the release does not have, a missing key, or an unknown value.
     """
     flat = flatten(dict(values))
     translation = translate_keys(flat, KEYS, REQUIRED, ALWAYS, "memory bank's release")
@@ -161,13 +160,13 @@ def translate_values(values: Mapping[str, Any]) -> Translation:
 
 
 def config_in(file: Path) -> Translation | None:
-    """The config that a checkpoint of the release holds, in our words; None where it holds none.
+    """Translate the config inside a checkpoint of the release; None if there is none.
 
-    The backbone is that of the weights: the release trains DeepLabV3+ with a ResNet-50, for domain adaptation with a
-    ResNet-101.
+    The backbone follows from the weights: the release trains DeepLabV3+ with a ResNet-50, and with a ResNet-101 for
+    domain adaptation.
 
     Raises:
-        UserError: see `translate_values`; a file that is no checkpoint.
+        UserError: see `translate_values`; a file that is not a checkpoint.
     """
     stored = read_torch(file) if file.suffix != ".safetensors" else None
     if not isinstance(stored, Mapping) or not isinstance(stored.get("config"), Mapping):
@@ -180,19 +179,19 @@ def config_in(file: Path) -> Translation | None:
 
 def _dataset(key: str, flat: Settings) -> Settings:
     settings = dict(DATASETS[_dataset_name(flat)])
-    places = settings["data.root"]
-    return settings | {"data.root": next((place for place in places if Path(place).is_dir()), places[0])}
+    roots = settings["data.root"]
+    return settings | {"data.root": next((root for root in roots if Path(root).is_dir()), roots[0])}
 
 
 def _dataset_name(flat: Settings) -> str:
     name = "pascal_voc" if flat["dataset"] == "pascal" else flat["dataset"]
     if name not in DATASETS:
-        raise UserError(f"dataset is {name!r}; the release knows cityscapes and pascal_voc (also called pascal)")
+        raise UserError(f"dataset is {name!r}; the release supports cityscapes and pascal_voc (or pascal)")
     return name
 
 
 def _version(key: str, flat: Settings) -> Settings:
-    """DeepLabV2's head depends on the pretraining; on Cityscapes it is trained and evaluated at half size."""
+    """Choose the network; DeepLabV2's head depends on the pretraining, and it sees Cityscapes at half size."""
     if _is_v2(flat):
         half = {"method.half_size": True} if _dataset_name(flat) == "cityscapes" else {}
         head = "v2_coco" if _is_coco(flat) else "v2"
@@ -203,7 +202,7 @@ def _version(key: str, flat: Settings) -> Settings:
 def _is_v2(flat: Settings) -> bool:
     version = str(flat["version"])
     if version not in ("2", "3"):
-        raise UserError(f"version is {version!r}; the release knows 2 (DeepLabV2) and 3 (DeepLabV3+)")
+        raise UserError(f"version is {version!r}; the release supports 2 (DeepLabV2) and 3 (DeepLabV3+)")
     return version == "2"
 
 
@@ -212,14 +211,14 @@ def _pretraining(key: str, flat: Settings) -> Settings:
     if not _is_coco(flat):
         return settings | {"model.pretrained": True}
     if not _is_v2(flat):
-        raise UserError(f"{key} is COCO with version 3; the weights from COCO are of DeepLabV2 (version 2)")
+        raise UserError(f"{key} is COCO with version 3; COCO weights exist only for DeepLabV2 (version 2)")
     return settings | {"model.pretrained": COCO_WEIGHTS, "model.bgr": True}
 
 
 def _is_coco(flat: Settings) -> bool:
     name = flat["training.pretraining"]
     if name not in ("COCO", "imagenet"):
-        raise UserError(f"training.pretraining is {name!r}; the release knows COCO and imagenet")
+        raise UserError(f"training.pretraining is {name!r}; the release supports COCO and imagenet")
     return name == "COCO"
 
 
@@ -227,15 +226,15 @@ def _input_size(key: str, flat: Settings) -> Settings:
     try:
         height, width = (int(side) for side in str(flat[key]).strip("()[]").split(","))
     except ValueError:
-        raise UserError(f'{key} is {flat[key]!r}; give height and width of a crop, "512,512"') from None
+        raise UserError(f'{key} is {flat[key]!r}; give height and width of a crop, e.g. "512,512"') from None
     return {"data.crop_size": [height, width]}
 
 
 def _save_every(key: str, flat: Settings) -> Settings | str:
-    """The released configs save nothing before the end; a run that is to be continued needs more than that."""
+    """Drop an interval longer than the run, as in the released configs: a run without checkpoints cannot resume."""
     steps, length = flat[key], flat["training.num_iterations"]
     if isinstance(steps, int) and isinstance(length, int) and steps > length:
-        return "ignored, longer than the run: run.save_every is run.eval_every"
+        return "ignored, longer than the run: checkpoints are written at every evaluation"
     return {"run.save_every": steps}
 
 
@@ -246,8 +245,22 @@ KEYS: dict[str, Rule] = {
     "version": _version,
     "training.pretraining": _pretraining,
     "training.data.input_size": _input_size,
-    "ignore_label": lambda key, flat: "ignored: ignored pixels are 255 here, whatever the files hold",
+    "ignore_label": lambda key, flat: "ignored: ignored pixels are 255 here, whatever value the label files use",
     "utils.save_checkpoint_every": _save_every,
-    "utils.checkpoint_dir": lambda key, flat: f"run.dir {flat[key]}/<name of the config file>",
+    "utils.checkpoint_dir": lambda key, flat: f"folder of runs trained from this file: {flat[key]}/<name of the file>",
     "utils.save_best_model": lambda key, flat: "ignored: the best checkpoint is always kept",
 }
+# DeepLabV2's weights do not reveal their pretraining, which determines the preprocessing: the stored config does.
+RELEASE = Release(
+    deeplab_from_memory_bank,
+    configs={
+        ("v3plus_memory_bank", 21): "memory_bank/configs/configSSL_pascal_1_8_split0_v3.json",
+        ("v3plus_memory_bank", 19): "memory_bank/configs/configSSL_city_1_8_split0_v3.json",
+    },
+    heads=MEMORY_BANK_HEADS + UNREACHED,
+    config_in=config_in,
+    translate=translate,
+)
+
+if __name__ == "__main__":
+    main_translate("memory_bank", translate)

@@ -11,8 +11,8 @@ departure from the released code.
 
 from torch.profiler import record_function
 
-from common.config import parse
 from common.engine.run import Run
+from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
@@ -24,6 +24,7 @@ from memory_bank.augment import WEAK, augment_labeled, augment_unlabeled, crop_o
 from memory_bank.config import Config, protocol_of
 from memory_bank.losses import entropy_loss, pseudo_label_loss, ramp, supervised_loss, teacher_decay
 from memory_bank.network import MemoryBankNetwork, bank_candidates, labeling_network, pseudo_labels
+from memory_bank.released import translate
 from memory_bank.training import (
     REFRESHED,
     build,
@@ -38,9 +39,8 @@ from memory_bank.training import (
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "memory_bank/train.py", argv)
-    with Run(config, "memory_bank/train.py") as run:
-        train(config, run)
+    with start(Config, "memory_bank/train.py", argv, translate) as run:
+        train(run.config, run)
 
 
 def train(config: Config, run: Run) -> None:

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from torch.profiler import record_function
 
-from common.config import parse
 from common.datasets import open_source_domain
 from common.engine.run import Run
+from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
@@ -25,6 +25,7 @@ from memory_bank.augment import WEAK, augment_labeled, augment_unlabeled, crop_o
 from memory_bank.config import Config, protocol_of
 from memory_bank.losses import entropy_loss, pseudo_label_loss, ramp, supervised_loss, teacher_decay
 from memory_bank.network import MemoryBankNetwork, bank_candidates, labeling_network, pseudo_labels
+from memory_bank.released import translate
 from memory_bank.training import (
     REFRESHED,
     build,
@@ -52,9 +53,8 @@ def target_steps(step: int, total: int, last: int) -> int:
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "memory_bank/train_domain_adaptation.py", argv)
-    with Run(config, "memory_bank/train_domain_adaptation.py") as run:
-        train(config, run)
+    with start(Config, "memory_bank/train_domain_adaptation.py", argv, translate) as run:
+        train(run.config, run)
 
 
 def train(config: Config, run: Run) -> None:

@@ -10,8 +10,8 @@ thresholds count both halves. See memory_bank/README.md for the memory saved and
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from common.config import parse
 from common.engine.run import Run
+from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
@@ -23,6 +23,7 @@ from memory_bank.augment import WEAK, augment_labeled, augment_unlabeled, crop_o
 from memory_bank.config import Config, protocol_of
 from memory_bank.losses import entropy_loss, pseudo_label_loss, ramp, supervised_loss, teacher_decay
 from memory_bank.network import MemoryBankNetwork, bank_candidates, labeling_network, pseudo_labels
+from memory_bank.released import translate
 from memory_bank.training import (
     REFRESHED,
     TrainState,
@@ -113,9 +114,8 @@ def unlabeled_pass(
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "memory_bank/train_less_memory.py", argv)
-    with Run(config, "memory_bank/train_less_memory.py") as run:
-        train(config, run)
+    with start(Config, "memory_bank/train_less_memory.py", argv, translate) as run:
+        train(run.config, run)
 
 
 def train(config: Config, run: Run) -> None:

@@ -1,37 +1,22 @@
-"""Checkpoints as PRCL's repository writes them."""
+"""Translate the config files of PRCL's repository, and describe the checkpoints it writes.
 
-from collections.abc import Mapping
-
-from torch import Tensor
+python prcl/released.py FILE.yaml --out mine.json
+"""
 
 from common.config.files import Translation
 from common.evaluation.released_checkpoints import Release
-from common.released.configs import Settings, ignored, same, translate_keys, whole
-from common.released.weights import PRCL_CSS_HEADS, deeplab_from_prcl_css
+from common.released.configs import Settings, ignored, main_translate, same, translate_keys, whole
+from common.released.weights import PRCL_CSS_ENTRIES, PRCL_CSS_HEADS, deeplab_from_prcl_css
 from common.released.yaml_configs import ALWAYS, REQUIRED, RULES, batch_size, read_released_yaml
 
-
-def segmenter_of(state: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """The segmenter with our keys; there is one network."""
-    return deeplab_from_prcl_css(state)
-
-
-RELEASE = Release(
-    segmenter_of,
-    configs={("v3plus", 21): "prcl/configs/voc.json", ("v3plus", 19): "prcl/configs/cityscapes.json"},
-    entries=("ema", "ema_model", "model"),  # the teacher, which the paper evaluates, before the student
-    heads=PRCL_CSS_HEADS,
-)
-
-
-PROCESSES = 8  # of the released runs; the file for Cityscapes does not say it
+PROCESSES = 8  # of the released runs, for the Cityscapes file, which does not state them
 
 
 def translate(text: str) -> Translation | None:
-    """A config file of the release in our words; None where `text` is something else.
+    """Translate a config file of the release; None if `text` is something else.
 
     Raises:
-        UserError: unsafe YAML, a key that the release does not have, one that is missing, or an unknown value.
+        UserError: unsafe YAML, a key that the release does not have, a missing key, or an unknown value.
     """
     flat = read_released_yaml(text)
     if flat is None:
@@ -41,8 +26,8 @@ def translate(text: str) -> Translation | None:
 
 
 def _batch_size(key: str, flat: Settings) -> Settings:
-    told = "Distributed.world_size" in flat
-    return batch_size(flat, whole(flat, "Distributed.world_size") if told else PROCESSES)
+    stated = "Distributed.world_size" in flat
+    return batch_size(flat, whole(flat, "Distributed.world_size") if stated else PROCESSES)
 
 
 KEYS = {
@@ -60,8 +45,18 @@ KEYS = {
             "Prcl_Loss.num_negatives": "method.num_negatives",
         }
     ),
-    **ignored("Prcl_Loss.is_available", "the release reads it nowhere; method.max_value 0 leaves the loss out"),
-    **ignored("Prcl_Loss.warm_up", "the release reads it nowhere"),
-    **ignored("Distributed.world_size", "counts in optim.batch_size; `accelerate launch` says how many processes"),
+    **ignored("Prcl_Loss.is_available", "the release never reads it; method.max_value 0 disables the loss"),
+    **ignored("Prcl_Loss.warm_up", "the release never reads it"),
+    **ignored("Distributed.world_size", "counted in optim.batch_size; `accelerate launch` sets the processes"),
     "Dataset.batch_size": _batch_size,
 }
+RELEASE = Release(
+    deeplab_from_prcl_css,
+    configs={("v3plus", 21): "prcl/configs/voc.json", ("v3plus", 19): "prcl/configs/cityscapes.json"},
+    entries=PRCL_CSS_ENTRIES,
+    heads=PRCL_CSS_HEADS,
+    translate=translate,
+)
+
+if __name__ == "__main__":
+    main_translate("prcl", translate)

@@ -15,15 +15,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from common.augment import apply_geometry_batch, color_jitter_blur_flip, draw_geometry, mix_batch
 from common.augment.views import CropTransform, augment_labeled
-from common.config import parse
-from common.config.sections import DataConfig, ModelConfig, NonPositiveFloat, OptimConfig, RunConfig
+from common.config.sections import BaseConfig, ModelConfig
+from common.config.types import ClosedUnitInterval, NonNegativeFloat, NonPositiveFloat, PositiveFloat, Scale, Size
 from common.engine.run import Run
+from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
@@ -45,21 +45,21 @@ class Method:
     """Hyper-parameters of PRCL, named as in its README.
 
     Args:
-        alpha: Decay of the mean teacher.
-        uncer_lr: Learning rate of the probability head; very sensitive.
-        un_threshold: Confidence from which a pixel counts towards its image's weight in the unsupervised loss.
-        weak_threshold: Confidence from which an unlabeled pixel enters the contrastive loss.
-        strong_threshold: Student's probability below which a pixel is a hard anchor.
+        alpha: EMA decay of the mean teacher.
+        uncer_lr: Learning rate of the probability head; training is very sensitive to it.
+        un_threshold: Confidence from which a pixel counts toward its image's weight in the unsupervised loss.
+        weak_threshold: Confidence from which an unlabeled pixel takes part in the contrastive loss.
+        strong_threshold: The student's probability below which a pixel is a hard anchor.
         temp: Temperature of the contrastive loss.
         num_queries: Anchors per class.
         num_negatives: Negatives per anchor.
-        begin_epoch: Epoch in which the weight of the contrastive loss starts.
-        max_epoch: Epoch from which this weight is min_value.
-        max_value: Weight of the contrastive loss at begin_epoch; 0 disables it.
-        min_value: Smallest weight.
+        begin_epoch: Epoch in which the ramp of the contrastive loss starts.
+        max_epoch: Epoch from which the contrastive loss has the weight `min_value`.
+        max_value: Weight of the contrastive loss at `begin_epoch`; 0 disables the loss.
+        min_value: Smallest weight of the contrastive loss.
         ramp_mult: Exponent of the ramp.
-        mix_mode: Operation that mixes unlabeled images.
-        scale_range: Range of random scales of unlabeled images, on the device.
+        mix_mode: Mixing of unlabeled images.
+        scale_range: Smallest and largest random scale in the first pass over the unlabeled images.
         embedding_dim: Dimensions of the embedding.
     """
 
@@ -69,27 +69,21 @@ class Method:
     weak_threshold: ClosedUnitInterval = 0.7
     strong_threshold: ClosedUnitInterval = 0.8
     temp: PositiveFloat = 100.0
-    num_queries: PositiveInt = 256
-    num_negatives: PositiveInt = 512
+    num_queries: Size = 256
+    num_negatives: Size = 512
     begin_epoch: NonNegativeFloat = 0.0
     max_epoch: PositiveFloat = 200.0
     max_value: NonNegativeFloat = 1.0
     min_value: NonNegativeFloat = 0.0
     ramp_mult: NonPositiveFloat = -5.0
     mix_mode: Literal["none", "cutout", "cutmix", "classmix"] = "classmix"
-    scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
-    embedding_dim: PositiveInt = 256
+    scale_range: tuple[Scale, Scale] = (0.5, 1.5)
+    embedding_dim: Size = 256
 
 
 @dataclass
-class Config:
-    data: DataConfig
-    model: ModelConfig
-    optim: OptimConfig
+class Config(BaseConfig):
     method: Method
-    run: RunConfig
-
-    from_released = staticmethod(translate)
 
 
 class ProbabilityHead(nn.Module):
@@ -229,9 +223,8 @@ def contrastive_weight(step: int, total: int, config: Config) -> float:
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "prcl/train.py", argv)
-    with Run(config, "prcl/train.py") as run:
-        train(config, run)
+    with start(Config, "prcl/train.py", argv, translate) as run:
+        train(run.config, run)
 
 
 def train(config: Config, run: Run) -> None:

@@ -13,10 +13,10 @@ from typing import Literal, Optional
 from torch.profiler import record_function
 
 from common.augment.views import CropTransform, augment_labeled
-from common.config import parse
-from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
+from common.config.sections import BaseConfig
 from common.datasets import open_source_domain
 from common.engine.run import Run
+from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
@@ -28,13 +28,14 @@ from common.optim import build_optimizer, poly, set_lr
 
 @dataclass
 class Method:
-    """Variants of the baseline.
+    """Options of the baseline.
 
     Args:
-        fully_labeled: Also learn from the labels of the unlabeled list.
-        source_dataset: Dataset of a source domain with the same classes, whose labels replace those of `data`.
-        source_root: Folder of the source domain, by default the parent of `data.root`. The built-in data are drawn
-            there on first use in another domain, by default in `data.root` with the suffix `_b`.
+        fully_labeled: Also use the labels of the unlabeled list.
+        source_dataset: Train on the labels of another dataset with the same classes instead; its layout, as in
+            `data.dataset`.
+        source_root: Folder of that dataset; by default it is looked for beside `data.root`. The built-in data are drawn
+            in another domain on first use, by default in the folder `data.root` with the suffix `_b`.
     """
 
     fully_labeled: bool = False
@@ -43,19 +44,14 @@ class Method:
 
 
 @dataclass
-class Config:
-    data: DataConfig
-    model: ModelConfig
-    optim: OptimConfig
+class Config(BaseConfig):
     method: Method
-    run: RunConfig
 
 
 @report_errors
 def main(argv: list[str] | None = None) -> None:
-    config = parse(Config, "supervised/train.py", argv)
-    with Run(config, "supervised/train.py") as run:
-        train(config, run)
+    with start(Config, "supervised/train.py", argv) as run:
+        train(run.config, run)
 
 
 def train(config: Config, run: Run) -> None:

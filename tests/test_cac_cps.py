@@ -188,8 +188,12 @@ def test_pictures_of_pairs_leave_out_what_cannot_be_read_and_end_with_the_run(tm
     ("script", "arguments", "told"),
     [
         ("train", ["--data.crop_size", "[36, 32]"], "multiples of 8"),
-        ("train", ["--data.crop_size", "[2, 2]"], "data.crop_size is 2; it goes from 16 to 16384"),
-        ("train", ["--method.cac.step_save", "5000"], "it goes from 0 to 1024"),
+        (
+            "train",
+            ["--data.crop_size", "[2, 2]"],
+            "data.crop_size is 2; it must be a whole number between 16 and 16384",
+        ),
+        ("train", ["--method.cac.step_save", "5000"], "it must be a whole number between 0 and 1024"),
         ("train", ["--method.cac.iou_bound", "[1, 0.1]"], "method.cac.iou_bound is [1.0, 0.1]"),
         ("train_semiseg", ["--method.base_size", "null", "--method.scales", "[]"], "method.scales is empty"),
         ("train", ["--method.cac.selected_num", "33"], "at most 32"),

@@ -1,4 +1,4 @@
-"""Memory bank's settings: the released config files in our words, and its evaluations by what a checkpoint says."""
+"""Memory bank's settings: translating released config files, and evaluating by the config in a checkpoint."""
 
 import json
 import pickle
@@ -123,19 +123,19 @@ def test_each_released_setting_has_its_file_which_says_the_same():
     settings = every_setting()
     assert {path.stem for path in CONFIGS.glob("configSSL_*.json")} == set(settings) and len(settings) == 55
     usual = flatten(to_dict(config_of(Config, NEEDED, "what has no default")))
-    for name, theirs in settings.items():
-        ours = flatten(json.loads((CONFIGS / f"{name}.json").read_text()))
-        assert usual | ours == usual | flatten(translate(json.dumps(theirs)).values), name
-        assert set(ours) <= set(usual), name
-        unneeded = [key for key in ours if ours[key] == usual[key] and key not in flatten(NEEDED)]
+    for name, original in settings.items():
+        own = flatten(json.loads((CONFIGS / f"{name}.json").read_text()))
+        assert usual | own == usual | flatten(translate(json.dumps(original)).values), name
+        assert set(own) <= set(usual), name
+        unneeded = [key for key in own if own[key] == usual[key] and key not in flatten(NEEDED)]
         assert not unneeded, name
 
 
 def test_a_released_file_runs_unchanged_and_what_became_of_it_is_printed(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
-    (tmp_path / "theirs.json").write_text(DESCRIBED)
-    arguments = ["--config", str(tmp_path / "theirs.json"), "--optim.batch_size", "6"]
-    config = parse(Config, "memory_bank/train.py", arguments)
+    (tmp_path / "original.json").write_text(DESCRIBED)
+    arguments = ["--config", str(tmp_path / "original.json"), "--optim.batch_size", "6"]
+    config = parse(Config, "memory_bank/train.py", arguments, translate)
     data, model, optim, method, run = config.data, config.model, config.optim, config.method, config.run
     assert (data.dataset, data.split_id, data.split_seed, data.labeled_samples) == ("cityscapes", 4, 5555, 744)
     assert (data.crop_size, data.scale_range, data.workers) == ((512, 256), (1.0, 1.0), 3)
@@ -146,9 +146,9 @@ def test_a_released_file_runs_unchanged_and_what_became_of_it_is_printed(tmp_pat
     assert (method.use_teacher_train, method.save_teacher_test) == (False, True)
     assert method.class_balance and protocol_of(config).reduce == 2
     assert (run.steps, run.save_every, run.eval_every, run.seed) == (100000, 10000, 500, 5555)
-    assert run.dir == "../saved/Deep#Lab/theirs"
-    other = parse(Config, "memory_bank/train_less_memory.py", arguments)
-    assert other.run.dir == "../saved/Deep#Lab/train_less_memory/theirs"
+    assert run.dir == "../saved/Deep#Lab/original"
+    other = parse(Config, "memory_bank/train_less_memory.py", arguments, translate)
+    assert other.run.dir == "../saved/Deep#Lab/train_less_memory/original"
     table = " ".join(capsys.readouterr().out.split())
     assert "training.batch_size │ 5 │ optim.batch_size 5" in table
     assert "ignore_label │ 250 │ ignored" in table
@@ -173,29 +173,29 @@ def changed(key: str, value) -> dict:
         (
             "training.bach_size",
             4,
-            r"theirs\.json: unknown key training\.bach_size; did you mean training\.batch_size\?",
+            r"original\.json: unknown key training\.bach_size; did you mean training\.batch_size\?",
         ),
         ("training.data.labeled_samples", None, r"training\.data\.labeled_samples missing"),
-        ("version", 4, "version is '4'; the release knows 2"),
+        ("version", 4, "version is '4'; the release supports 2"),
         ("dataset", "ade20k", "dataset is 'ade20k'"),
-        ("training.pretraining", "MSCOCO", "the release knows COCO and imagenet"),
+        ("training.pretraining", "MSCOCO", "the release supports COCO and imagenet"),
         ("training.pretraining", "COCO", "COCO with version 3"),
-        ("training.optimizer", "Adam", r"training\.optimizer is 'Adam'; the release has sgd alone"),
+        ("training.optimizer", "Adam", r"training\.optimizer is 'Adam'; the release supports only sgd"),
         ("training.data.input_size", "512x512", "give height and width"),
         ("training.data.split_id_list", -1, r"data\.split_id"),
         ("training.learning_rate", "fast", r"optim\.lr"),
     ],
 )
-def test_what_the_release_does_not_know_is_told(tmp_path, key, value, message):
-    (tmp_path / "theirs.json").write_text(json.dumps(changed(key, value)))
+def test_what_the_release_does_not_know_is_reported(tmp_path, key, value, message):
+    (tmp_path / "original.json").write_text(json.dumps(changed(key, value)))
     with pytest.raises(UserError, match=message) as error:
-        parse(Config, "memory_bank/train.py", ["--config", str(tmp_path / "theirs.json")])
+        parse(Config, "memory_bank/train.py", ["--config", str(tmp_path / "original.json")], translate)
     assert len(str(error.value).splitlines()) <= 2
 
 
 @pytest.mark.parametrize(("key", "value"), [("method.bank_rows_factor", 1e9), ("method.unlabeled_batch_size", 100000)])
-def test_what_no_machine_can_hold_is_told(key, value):
-    with pytest.raises(UserError, match=rf"^{key} is .*; it goes from"):
+def test_what_no_machine_can_hold_is_reported(key, value):
+    with pytest.raises(UserError, match=rf"^{key} is .*; it must be a .*number between"):
         parse(Config, "memory_bank/train.py", ["--config", str(CONFIGS / "demo.json"), f"--{key}", str(value)])
 
 
@@ -228,12 +228,12 @@ def project(shapes_root, tmp_path_factory) -> Path:
     (folder / "splits" / "voc").mkdir(parents=True)
     order = np.random.RandomState(0).permutation(24)
     (folder / "splits" / "voc" / "split_0.pkl").write_bytes(pickle.dumps(order, protocol=3))
-    theirs = changed("utils.checkpoint_dir", "saved")
-    (folder / "theirs.json").write_text(f"# as released\n{json.dumps(theirs)}")
+    original = changed("utils.checkpoint_dir", "saved")
+    (folder / "original.json").write_text(f"# as released\n{json.dumps(original)}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         script = "memory_bank/train.py"
-        train.main(["--config", "theirs.json", *flags(SMALL), *method_flags(SCRIPTS[script].method)])
+        train.main(["--config", "original.json", *flags(SMALL), *method_flags(SCRIPTS[script].method)])
     return folder
 
 
@@ -244,7 +244,7 @@ def evaluate(project: Path, monkeypatch, *arguments: str) -> None:
 
 
 def test_student_and_teacher_of_a_run_are_evaluated(project, monkeypatch, capsys):
-    run, one = project / "saved" / "theirs", "saved/theirs/checkpoints/step_00000002"
+    run, one = project / "saved" / "original", "saved/original/checkpoints/step_00000002"
     extra = load_file(project / one / "extra.safetensors")
     extra["teacher/classifier.1.bias"][3] = 1e9  # a teacher that sees one class everywhere
     save_file(extra, project / one / "extra.safetensors")
@@ -257,7 +257,7 @@ def test_student_and_teacher_of_a_run_are_evaluated(project, monkeypatch, capsys
     assert shares["teacher"]["aeroplane"] == 0 < shares["teacher"]["bird"]
     shutil.copy(project / one / "model.safetensors", project / "alone.safetensors")
     with pytest.raises(SystemExit) as stop:
-        evaluate(project, monkeypatch, "saved/theirs", "-e", "alone.safetensors", "--network", "teacher")
+        evaluate(project, monkeypatch, "saved/original", "-e", "alone.safetensors", "--network", "teacher")
     assert stop.value.code == 2
     assert "alone.safetensors does not hold student and teacher" in capsys.readouterr().err
 
@@ -265,19 +265,19 @@ def test_student_and_teacher_of_a_run_are_evaluated(project, monkeypatch, capsys
 def test_a_released_checkpoint_is_evaluated_by_its_own_config(project, monkeypatch, capsys):
     model = config_of(Config, translate(json.dumps(changed("seed", 1))).values, "released").model
     model.pretrained = False
-    ours = build_network(model).state_dict()
-    theirs = {prefix: official for official, prefix in MEMORY_BANK.items()}
+    own = build_network(model).state_dict()
+    original = {prefix: official for official, prefix in MEMORY_BANK.items()}
     named = {
-        theirs[prefix] + key.removeprefix(prefix): value
-        for key, value in ours.items()
-        for prefix in theirs
+        original[prefix] + key.removeprefix(prefix): value
+        for key, value in own.items()
+        for prefix in original
         if key.startswith(prefix) and not key.startswith("classifier.branches.")
     }
     stored = {"iteration": 1, "optimizer": {}, "config": changed("dataset", "pascal"), "model": named}
     torch.save(stored, project / "best_model.pth")
     evaluate(project, monkeypatch, "--model-path", "best_model.pth")
     assert (project / "runs" / "memory_bank" / "best_model" / "eval" / "best_model.json").is_file()
-    assert "best_model.pth, in our words" in capsys.readouterr().out
+    assert "best_model.pth, translated" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

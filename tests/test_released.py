@@ -1,4 +1,4 @@
-"""Checkpoints as the five repositories write them: evaluated, written as runs of ours, used without the original."""
+"""Checkpoints in the formats of five repositories: evaluated, converted to runs, and used without the original."""
 
 import importlib
 import json
@@ -27,8 +27,13 @@ from tests.conftest import ROOT
 
 
 @dataclass(frozen=True)
-class Theirs:
-    """How one repository writes a checkpoint; `names` are its prefixes -> ours, `heads` weights that we do not have."""
+class ReleaseFormat:
+    """Checkpoint format of one repository.
+
+    Attributes:
+        names: Key prefixes of the release -> those of this project.
+        heads: Weights without a counterpart in this project.
+    """
 
     paper: str
     model: dict[str, Any]
@@ -40,32 +45,32 @@ class Theirs:
 
 
 NOTHING = {"epoch": 3, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}}
-THEIRS = {
-    "prcl": Theirs(
+FORMATS = {
+    "prcl": ReleaseFormat(
         "prcl", {"head": "v3plus"}, PRCL_CSS,
         lambda state: NOTHING | {"model": other(state), "ema": state, "uncer_head": {"gamma": torch.ones(1)}},
         ("representation.3.bias",),
     ),
-    "css": Theirs(
+    "css": ReleaseFormat(
         "css", {"head": "v3plus", "output_stride": 8, "stem": "deep"}, PRCL_CSS,
         lambda state: NOTHING
         | {"model": other(state), "ema_model": state, "prototypes": np.ones((21, 256), np.float32)},
         ("representation.3.bias",),
     ),
-    "cac": Theirs(
+    "cac": ReleaseFormat(
         "cac_cps", {"head": "v3plus_cac"}, CAC,
         lambda state: {"arch": "DDP", "epoch": 3, "monitor_best": np.float64(0.7), "state_dict": state, "config": {}},
         ("module.project.0.bias",), ("module.",),
     ),
-    "cps": Theirs(
+    "cps": ReleaseFormat(
         "cac_cps", {"head": "v3plus_cps", "stem": "deep"}, CPS,
         lambda state: NOTHING | {"model": state, "iteration": 9}, (), ("branch1.", "branch2."),
     ),
-    "cpcl": Theirs(
+    "cpcl": ReleaseFormat(
         "cpcl", {"head": "v3plus_cps", "stem": "deep"}, CPS,
         lambda state: NOTHING | {"model": state}, (), ("module.branch1.", "module.branch2."),
     ),
-    "memory_bank": Theirs(
+    "memory_bank": ReleaseFormat(
         "memory_bank", {"head": "v3plus_memory_bank"}, MEMORY_BANK,
         lambda state: {"iteration": 9, "model": state, "optimizer": {}}, ("projection_head.0.bias",),
     ),
@@ -77,24 +82,24 @@ def other(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: torch.zeros_like(value) for key, value in state.items()}
 
 
-def published(theirs: Theirs, networks: list[torch.nn.Module]) -> dict[str, Tensor]:
-    """The state dict of our networks with their names, and the decoder's channels in their order."""
+def published(form: ReleaseFormat, networks: list[torch.nn.Module]) -> dict[str, Tensor]:
+    """State dict of the networks with the released names and the released order of the decoder's channels."""
     state = {}
-    for before, network in zip(theirs.before, networks):
+    for before, network in zip(form.before, networks):
         for key, value in network.state_dict().items():
-            official, ours = next((official, ours) for official, ours in theirs.names.items() if key.startswith(ours))
+            official, own = next((official, own) for official, own in form.names.items() if key.startswith(own))
             if key == "decoder.0.weight":
                 value = torch.cat([value[:, 48:], value[:, :48]], dim=1)
-            state[before + official + key.removeprefix(ours)] = value
-    return state | {head: torch.zeros(4) for head in theirs.heads}
+            state[before + official + key.removeprefix(own)] = value
+    return state | {head: torch.zeros(4) for head in form.heads}
 
 
-def write_theirs(name: str, path: Path, num_classes: int = 21) -> list[torch.nn.Module]:
-    theirs = THEIRS[name]
+def write_released(name: str, path: Path, num_classes: int = 21) -> list[torch.nn.Module]:
+    form = FORMATS[name]
     torch.manual_seed(0)
-    model = ModelConfig(num_classes, "resnet18", channels=8, pretrained=False, **theirs.model)
-    networks = [build_network(model) for _ in theirs.before]
-    torch.save(theirs.file(published(theirs, networks)), path)
+    model = ModelConfig(num_classes, "resnet18", channels=8, pretrained=False, **form.model)
+    networks = [build_network(model) for _ in form.before]
+    torch.save(form.file(published(form, networks)), path)
     return networks
 
 
@@ -109,22 +114,22 @@ def evaluate(paper: str, *arguments: object) -> None:
 
 def small_config(name: str, shapes_root: Path, path: Path) -> Path:
     """The paper's demo config for its network of one's own and the built-in data."""
-    theirs = THEIRS[name]
-    content = json.loads((ROOT / theirs.paper / "configs" / "demo.json").read_text())
+    form = FORMATS[name]
+    content = json.loads((ROOT / form.paper / "configs" / "demo.json").read_text())
     content["data"] |= {"root": str(shapes_root), "split": str(shapes_root / "splits" / "6" / "0"), "workers": 0}
-    content["model"] |= {"channels": 8, "output_stride": 16} | theirs.model
+    content["model"] |= {"channels": 8, "output_stride": 16} | form.model
     path.write_text(json.dumps(content))
     return path
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_written_as_ours_and_used_without_the_original(name, tmp_path, capsys):
-    paper, file, run = THEIRS[name].paper, tmp_path / "theirs.pth", tmp_path / "run"
-    networks = write_theirs(name, file)
+    paper, file, run = FORMATS[name].paper, tmp_path / "original.pth", tmp_path / "run"
+    networks = write_released(name, file)
     evaluate(paper, "-e", file, "--convert", run)
-    told = capsys.readouterr().out
-    assert f"note: no --config given; using {paper}/configs/" in told and "unused in" in told
-    assert all(head.split(".")[-3] in told for head in THEIRS[name].heads)
+    output = capsys.readouterr().out
+    assert f"note: no --config given; using {paper}/configs/" in output and "unused in" in output
+    assert all(head.split(".")[-3] in output for head in FORMATS[name].heads)
     file.unlink()
     written = read_state(run / "checkpoints" / "last" / "model.safetensors")
     want = networks[0].state_dict()
@@ -134,7 +139,7 @@ def test_written_as_ours_and_used_without_the_original(name, tmp_path, capsys):
         assert torch.equal(extra["second/low.0.weight"], networks[1].state_dict()["low.0.weight"])
     metainfo = read_metainfo(run, 21)
     assert metainfo.classes[15] == "person" and (metainfo.protocol.crop is None) == (
-        "v3plus_cps" not in THEIRS[name].model["head"]
+        "v3plus_cps" not in FORMATS[name].model["head"]
     )
     Image.new("RGB", (40, 30)).save(tmp_path / "image.png")
     predict_main([str(run), str(tmp_path / "image.png"), "--out", str(tmp_path / "out"), "-d", "cpu", "--whole"])
@@ -143,19 +148,19 @@ def test_written_as_ours_and_used_without_the_original(name, tmp_path, capsys):
         evaluate(paper, "-e", tmp_path / "image.png", "--convert", run)
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_evaluated_as_it_is(name, shapes_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_theirs(name, tmp_path / "theirs.pth", num_classes=7)
+    write_released(name, tmp_path / "original.pth", num_classes=7)
     config = small_config(name, shapes_root, tmp_path / "small.json")
-    paper = THEIRS[name].paper
-    evaluate(paper, "-e", tmp_path / "theirs.pth", "--config", config, "-d", "cpu")
+    paper = FORMATS[name].paper
+    evaluate(paper, "-e", tmp_path / "original.pth", "--config", config, "-d", "cpu")
     assert "unused in" in capsys.readouterr().out
     (scores,) = tmp_path.glob(f"runs/{paper}/*/eval/*.json")
-    # The same by way of a run of ours.
-    evaluate(paper, "-e", tmp_path / "theirs.pth", "--config", config, "--convert", tmp_path / "ours")
-    evaluate(paper, tmp_path / "ours", "-d", "cpu")
-    again = json.loads((tmp_path / "ours" / "eval" / "last.json").read_text())
+    # The same by way of a run of this project.
+    evaluate(paper, "-e", tmp_path / "original.pth", "--config", config, "--convert", tmp_path / "own")
+    evaluate(paper, tmp_path / "own", "-d", "cpu")
+    again = json.loads((tmp_path / "own" / "eval" / "last.json").read_text())
     assert again["per_class_iou"] == json.loads(scores.read_text())["per_class_iou"]
 
 
@@ -167,8 +172,8 @@ class Runs:
 
 
 @pytest.mark.parametrize("name", ["prcl", "cpcl", "memory_bank"])
-def test_what_cannot_be_converted_is_told(name, tmp_path, capsys):
-    file, paper = tmp_path / "theirs.pth", THEIRS[name].paper
+def test_what_cannot_be_converted_is_reported(name, tmp_path, capsys):
+    file, paper = tmp_path / "original.pth", FORMATS[name].paper
 
     def refused(words: str, *arguments: object) -> None:
         with pytest.raises(SystemExit) as ended:
@@ -178,21 +183,21 @@ def test_what_cannot_be_converted_is_told(name, tmp_path, capsys):
 
     refused("goes with -e FILE", "-e", "last", "--convert", tmp_path / "run")
     torch.save({"model": {"weight": torch.zeros(1)}, "callback": Runs()}, file)
-    refused(r"theirs\.pth: refused, .* print", "-e", file, "--convert", tmp_path / "run")
+    refused(r"original\.pth: refused, .* print", "-e", file, "--convert", tmp_path / "run")
     torch.save({"model": {"weight": torch.zeros(1)}}, file)
-    refused(r"theirs\.pth: not a published network", "-e", file, "--convert", tmp_path / "run")
-    write_theirs(name, file, num_classes=7)
+    refused(r"original\.pth: not a published network", "-e", file, "--convert", tmp_path / "run")
+    write_released(name, file, num_classes=7)
     refused("7 classes .* give one with --config", "-e", file, "--convert", tmp_path / "run")
-    write_theirs(name, file)
+    write_released(name, file)
     refused("is not empty", "-e", file, "--convert", tmp_path)
     assert "executed" not in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 def test_classifiers_that_are_never_reached_are_named(tmp_path):
     network = build_network(ModelConfig(21, "resnet18", head="v2", output_stride=8, pretrained=False))
-    theirs = Theirs("memory_bank", {}, MEMORY_BANK, None)
-    state = published(theirs, [network]) | {f"{prefix}weight": torch.zeros(1) for prefix in UNREACHED}
-    torch.save({"model": state, "iteration": 9}, tmp_path / "theirs.pth")
-    assert RELEASE.unused(tmp_path / "theirs.pth") == (
+    form = ReleaseFormat("memory_bank", {}, MEMORY_BANK, None)
+    state = published(form, [network]) | {f"{prefix}weight": torch.zeros(1) for prefix in UNREACHED}
+    torch.save({"model": state, "iteration": 9}, tmp_path / "original.pth")
+    assert RELEASE.unused(tmp_path / "original.pth") == (
         "iteration, layer5.conv2d_list.2.* (1 weights), layer5.conv2d_list.3.* (1 weights)"
     )

@@ -1,7 +1,12 @@
-"""The config files that the papers released, each written as its release describes it, in our words."""
+"""Translation of the config files that the papers released, each written as its release describes it."""
 
 import copy
+import importlib
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,22 +14,32 @@ import pytest
 import cac_cps.config
 import cpcl.train
 import css.train
+import memory_bank.config
+import prcl.released
 import prcl.train
 from common.config import load_config, parse, to_dict
 from common.errors import UserError
+from common.released.configs import main_translate
+from tests.test_memory_bank_configs import DESCRIBED
 
 ROOT = Path(__file__).parent.parent
 
 
-def parsed(config_class, script: str, file: Path, *overrides: str) -> dict:
-    """What a script reads from a file, without the run folder, which has the name of the file."""
-    values = to_dict(parse(config_class, script, ["--config", str(file), *overrides]))
+def read(config_class, script: str, file: Path):
+    """Read a released file as the paper's script does."""
+    translate = importlib.import_module(f"{script.split('/')[0]}.released").translate
+    return parse(config_class, script, ["--config", str(file)], translate)
+
+
+def parsed(config_class, script: str, file: Path) -> dict:
+    """Values that a script reads from a file, without the run folder, which has the name of the file."""
+    values = to_dict(read(config_class, script, file))
     values["run"].pop("dir")
     return values
 
 
-def ours(config_class, name: str, **changes) -> dict:
-    """What a config of ours says, with changed values under `section__key`."""
+def config_values(config_class, name: str, **changes) -> dict:
+    """Values of a config of this project, changed by values under `section__key`."""
     values = to_dict(load_config(config_class, ROOT / name))
     values["run"].pop("dir")
     for key, value in changes.items():
@@ -96,8 +111,8 @@ def changed(values: dict, changes: dict) -> dict:
 
 def cac_file(folder: Path, changes: dict | None = None) -> Path:
     # As the release stores it in a run folder too: sorted.
-    (folder / "theirs.json").write_text(json.dumps(changed(CAC, changes or {}), sort_keys=True))
-    return folder / "theirs.json"
+    (folder / "original.json").write_text(json.dumps(changed(CAC, changes or {}), sort_keys=True))
+    return folder / "original.json"
 
 
 @pytest.mark.parametrize(
@@ -111,8 +126,8 @@ def cac_file(folder: Path, changes: dict | None = None) -> Path:
 def test_files_of_cac_are_our_configs(tmp_path, capsys, changes, name):
     config_class, script = cac_cps.config.Config, "cac_cps/train.py"
     file = cac_file(tmp_path, changes)
-    assert parsed(config_class, script, file) == ours(config_class, f"cac_cps/configs/{name}.json")
-    assert parse(config_class, script, ["--config", str(file)]).run.dir == "saved/theirs"
+    assert parsed(config_class, script, file) == config_values(config_class, f"cac_cps/configs/{name}.json")
+    assert read(config_class, script, file).run.dir == "saved/original"
     table = " ".join(capsys.readouterr().out.split())
     assert "ramp_up │ 0.1 │ ignored" in table
 
@@ -130,33 +145,33 @@ def test_a_changed_file_of_cac(tmp_path, monkeypatch):
         "train_supervised.num_workers": 0,
         "val_loader.crop_size": 320,
     }
-    config = parse(cac_cps.config.Config, "cac_cps/train.py", ["--config", str(cac_file(tmp_path, changes))])
+    config = read(cac_cps.config.Config, "cac_cps/train.py", cac_file(tmp_path, changes))
     assert config.data.root == str(tmp_path / "VOCdevkit" / "VOC2012") and config.data.workers == 0
     assert config.data.split == "dataloaders/voc_splits1/1323"
     assert config.method.cac.supervised and config.method.cac.selected_num == 6400
     assert config.run.steps_per_epoch is None  # a pass over the labels
     file = cac_file(tmp_path, {"trainer.val_per_epochs": 2})
-    config = parse(cac_cps.config.Config, "cac_cps/train_semiseg.py", ["--config", str(file)])
-    assert config.run.eval_every == 2 * 1157 and config.run.dir == "saved/train_semiseg/theirs"
+    config = read(cac_cps.config.Config, "cac_cps/train_semiseg.py", file)
+    assert config.run.eval_every == 2 * 1157 and config.run.dir == "saved/train_semiseg/original"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.tmp": 0.1}, r"theirs\.json: unknown key model\.tmp; did you mean model\.temp\?"),
-        ({"datalist": None}, "datalist missing: a config of CAC's release has them"),
-        ({"dataset": "ade20k"}, "dataset is 'ade20k'; the release knows voc, cityscapes"),
-        ({"model.layers": 18}, "model.layers is 18; the release knows 50, 101"),
-        ({"model.backbone": "psp"}, r"model\.backbone is 'psp'; the release has deeplab_v3\+ alone"),
+        ({"model.tmp": 0.1}, r"original\.json: unknown key model\.tmp; did you mean model\.temp\?"),
+        ({"datalist": None}, "datalist missing; a config of CAC's release has them"),
+        ({"dataset": "ade20k"}, "dataset is 'ade20k'; the release supports voc, cityscapes"),
+        ({"model.layers": 18}, "model.layers is 18; the release supports 50, 101"),
+        ({"model.backbone": "psp"}, r"model\.backbone is 'psp'; the release supports only deeplab_v3\+"),
         ({"model.supervised": True}, "one of model.supervised and model.semi must be true"),
         ({"n_gpu": "two"}, "n_gpu is 'two'; it must be a whole number above 0"),
-        ({"train_unsupervised.batch_size": 4}, r"train_unsupervised\.batch_size is 4; here it is that of labeled"),
+        ({"train_unsupervised.batch_size": 4}, r"train_unsupervised\.batch_size is 4; it must equal"),
         ({"model.temp": "warm"}, r"method\.cac\.temp"),
     ],
 )
-def test_what_cac_does_not_know_is_told(tmp_path, changes, message):
+def test_what_cac_does_not_know_is_reported(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as error:
-        parse(cac_cps.config.Config, "cac_cps/train.py", ["--config", str(cac_file(tmp_path, changes))])
+        read(cac_cps.config.Config, "cac_cps/train.py", cac_file(tmp_path, changes))
     assert len(str(error.value).splitlines()) <= 2
 
 
@@ -255,15 +270,15 @@ def yaml_file(folder: Path, text: str, changes: dict | None = None) -> Path:
     for old, new in (changes or {}).items():
         assert old in text
         text = text.replace(old, new)
-    (folder / "theirs.yaml").write_text(text)
-    return folder / "theirs.yaml"
+    (folder / "original.yaml").write_text(text)
+    return folder / "original.yaml"
 
 
 @pytest.mark.parametrize(("changes", "name"), [({}, "voc"), (PRCL_CITY, "cityscapes")])
 def test_files_of_prcl_are_our_configs(tmp_path, capsys, changes, name):
     file = yaml_file(tmp_path, PRCL, changes)
     config_class = prcl.train.Config
-    assert parsed(config_class, "prcl/train.py", file) == ours(config_class, f"prcl/configs/{name}.json")
+    assert parsed(config_class, "prcl/train.py", file) == config_values(config_class, f"prcl/configs/{name}.json")
     assert "Prcl_Loss.warm_up │ 0 │ ignored" in " ".join(capsys.readouterr().out.split())
 
 
@@ -273,7 +288,7 @@ def test_files_of_prcl_are_our_configs(tmp_path, capsys, changes, name):
 def test_files_of_css_are_our_configs(tmp_path, changes, name, split):
     file = yaml_file(tmp_path, CSS, changes)
     config_class = css.train.Config
-    own = ours(config_class, f"css/configs/{name}.json", **({"data__split": split} if split else {}))
+    own = config_values(config_class, f"css/configs/{name}.json", **({"data__split": split} if split else {}))
     assert parsed(config_class, "css/train.py", file) == own
 
 
@@ -281,7 +296,7 @@ def test_trees_and_lists_of_prcl_are_taken_where_they_are(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "VOC" / "JPEGImages").mkdir(parents=True)
     (tmp_path / "VOC_split" / "662" / "3407").mkdir(parents=True)
-    data = parse(prcl.train.Config, "prcl/train.py", ["--config", str(yaml_file(tmp_path, PRCL))]).data
+    data = read(prcl.train.Config, "prcl/train.py", yaml_file(tmp_path, PRCL)).data
     assert (data.root, data.split) == ("VOC", "VOC_split/662/3407")
 
 
@@ -297,16 +312,16 @@ def test_trees_and_lists_of_prcl_are_taken_where_they_are(tmp_path, monkeypatch)
         ({"num_labels: 662": "num_labels: &n 662", "temp: 100": "temp: *n"}, r"the alias \*n is refused"),
         ({"Seed: 3407": "Seed: [3407"}, "neither JSON nor YAML: line"),
         ({"uncer_lr": "uncert_lr"}, r"unknown key Optim\.uncert_lr; did you mean Optim\.uncer_lr\?"),
-        ({"Seed: 3407": ""}, "Seed missing: a config of PRCL's release has them"),
-        ({"'VOC'": "'COCO'"}, "Dataset.name is 'COCO'; the release knows VOC, CityScapes"),
+        ({"Seed: 3407": ""}, "Seed missing; a config of PRCL's release has them"),
+        ({"'VOC'": "'COCO'"}, "Dataset.name is 'COCO'; the release supports VOC, CityScapes"),
         ({"batch_size: 2": "batch_size: two"}, "Dataset.batch_size is 'two'"),
         ({"[321, 321]": "321"}, "neither JSON nor YAML: line 19: expected a sequence node"),
     ],
 )
 def test_unsafe_and_unknown_yaml_is_refused(tmp_path, changes, message):
     file = yaml_file(tmp_path, PRCL, changes)
-    with pytest.raises(UserError, match=rf"theirs\.yaml: .*{message}") as error:
-        parse(prcl.train.Config, "prcl/train.py", ["--config", str(file)])
+    with pytest.raises(UserError, match=rf"original\.yaml: .*{message}") as error:
+        read(prcl.train.Config, "prcl/train.py", file)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -410,7 +425,7 @@ def config_py(folder: Path, changes: dict | None = None) -> Path:
 def test_files_of_cpcl_are_our_configs(tmp_path, capsys, name, changes, ratio, epochs):
     changes = changes | {"ratio = 8": f"ratio = {ratio}", "nepochs = 34": f"nepochs = {epochs}"}
     file, config_class = config_py(tmp_path, changes), cpcl.train.Config
-    own = ours(config_class, f"cpcl/configs/{name}_resnet50_1over{ratio}.json")
+    own = config_values(config_class, f"cpcl/configs/{name}_resnet50_1over{ratio}.json")
     assert parsed(config_class, "cpcl/train.py", file) == own
     table = " ".join(capsys.readouterr().out.split())
     assert "display_iter │ 50 │ ignored" in table and "max_samples │ (line 5" in table
@@ -426,7 +441,7 @@ def test_paths_and_counts_that_cpcl_writes_as_values_count(tmp_path, monkeypatch
         "C.train_source = ": "C.train_source = 'mine.txt' #",
         "C.niters_per_epoch = int": "C.niters_per_epoch = 10\nniters = int",
     }
-    config = parse(cpcl.train.Config, "cpcl/train.py", ["--config", str(config_py(tmp_path, changes))])
+    config = read(cpcl.train.Config, "cpcl/train.py", config_py(tmp_path, changes))
     data = config.data
     assert (data.root, data.labeled_list) == ("voc", "mine.txt")
     assert data.unlabeled_list == "voc/subset_train_aug/train_aug_unlabeled_1-8.txt"
@@ -437,17 +452,17 @@ def test_paths_and_counts_that_cpcl_writes_as_values_count(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"C.seed = 12345": "C.seed = os.system('touch ran')"}, "line 24: C.seed is no literal or conditional"),
-        ({"C.seed = 12345": "C.seed = 1\nC.seed += 1"}, "line 25: C.seed is no literal or conditional"),
-        ({"C.seed = 12345": "C.seed = 1\nif osp: C.seed = 2"}, "line 25: C.seed is no literal or conditional"),
-        ({"C.seed = 12345": "C.seed = {1, 2}"}, "line 24: C.seed is no literal or conditional"),
-        ({"C.seed = 12345": "C['seed'] = 1"}, "line 24: values are read from C.name = VALUE alone"),
-        ({"C.seed = 12345": "C.update(seed=1)"}, "line 24: values are read from C.name = VALUE alone"),
-        ({"C.seed = 12345": "C.seed = = 1"}, "line 24: no Python: invalid syntax"),
+        ({"C.seed = 12345": "C.seed = os.system('touch ran')"}, "line 24: C.seed is conditional or not a literal"),
+        ({"C.seed = 12345": "C.seed = 1\nC.seed += 1"}, "line 25: C.seed is conditional or not a literal"),
+        ({"C.seed = 12345": "C.seed = 1\nif osp: C.seed = 2"}, "line 25: C.seed is conditional or not a literal"),
+        ({"C.seed = 12345": "C.seed = {1, 2}"}, "line 24: C.seed is conditional or not a literal"),
+        ({"C.seed = 12345": "C['seed'] = 1"}, "line 24: values are only read from C.name = VALUE"),
+        ({"C.seed = 12345": "C.update(seed=1)"}, "line 24: values are only read from C.name = VALUE"),
+        ({"C.seed = 12345": "C.seed = = 1"}, "line 24: not Python: invalid syntax"),
         ({"C.momentum": "C.momentun"}, r"unknown key momentun; did you mean momentum\?"),
-        ({"C.nepochs = 34": ""}, "nepochs missing: a config of CPCL's release has them"),
-        ({"C.num_classes = 21": "C.num_classes = 11"}, "num_classes is 11; the release knows 21, 19"),
-        ({"C.eval_flip = False": "C.eval_flip = True"}, "eval_flip is True; the release has False alone"),
+        ({"C.nepochs = 34": ""}, "nepochs missing; a config of CPCL's release has them"),
+        ({"C.num_classes = 21": "C.num_classes = 11"}, "num_classes is 11; the release supports 21, 19"),
+        ({"C.eval_flip = False": "C.eval_flip = True"}, "eval_flip is True; the release supports only False"),
         ({"C.labeled_ratio = 8": "C.labeled_ratio = 0"}, "labeled_ratio is 0; it must be a whole number above 0"),
         ({"C.lr = 0.005": "C.lr = 'fast'"}, r"optim\.lr"),
     ],
@@ -455,6 +470,52 @@ def test_paths_and_counts_that_cpcl_writes_as_values_count(tmp_path, monkeypatch
 def test_a_config_py_is_read_and_never_run(tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as error:
-        parse(cpcl.train.Config, "cpcl/train.py", ["--config", str(config_py(tmp_path, changes))])
+        read(cpcl.train.Config, "cpcl/train.py", config_py(tmp_path, changes))
     assert len(str(error.value).splitlines()) <= 2
     assert [file.name for file in tmp_path.iterdir()] == ["config.py"]
+
+
+# ---- Translated to a file
+
+
+@pytest.mark.parametrize(
+    ("paper", "config_class", "text"),
+    [
+        ("cac_cps", cac_cps.config.Config, json.dumps(CAC)),
+        ("prcl", prcl.train.Config, PRCL),
+        ("css", css.train.Config, CSS),
+        ("cpcl", cpcl.train.Config, CPCL),
+        ("memory_bank", memory_bank.config.Config, DESCRIBED),
+    ],
+)
+def test_a_translated_file_is_the_config_that_training_reads(tmp_path, capsys, paper, config_class, text):
+    source, out = tmp_path / "original", tmp_path / "mine.json"
+    source.write_text(text)
+    main_translate(paper, importlib.import_module(f"{paper}.released").translate, [str(source), "--out", str(out)])
+    output = capsys.readouterr()
+    assert output.out == f"written to {out}\n" and "released key" in output.err
+    assert parsed(config_class, f"{paper}/train.py", out) == parsed(config_class, f"{paper}/train.py", source)
+
+
+def test_a_released_file_is_translated_by_the_command(tmp_path):
+    run = [sys.executable, str(ROOT / "prcl" / "released.py"), str(yaml_file(tmp_path, PRCL))]
+    done = subprocess.run(run, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert json.loads(done.stdout)["optim"]["batch_size"] == 16
+    assert "Prcl_Loss.temp" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        (PRCL.replace("uncer_lr", "uncert_lr"), [], r"original\.yaml: unknown key Optim\.uncert_lr; did you mean"),
+        ("{}", [], r"original\.yaml is not a config file of the repository that prcl/ follows"),
+        (PRCL, ["--out", "nowhere/mine.json"], r"nowhere/mine\.json cannot be written: No such file"),
+    ],
+)
+def test_files_that_cannot_be_translated_are_reported(tmp_path, monkeypatch, capsys, text, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "original.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main_translate("prcl", prcl.released.translate, ["original.yaml", *arguments])
+    error = capsys.readouterr().err.split("error: ")[1]
+    assert stop.value.code == 2 and re.match(message, error) and len(error.splitlines()) <= 2

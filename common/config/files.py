@@ -1,10 +1,10 @@
-"""Config files as they are read: ours, and those of the papers' releases in our words."""
+"""Config files: read JSON, and the translation of config files that a paper's repository released."""
 
 import difflib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,12 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class Translation:
-    """What a config file of a paper's release says, in our words.
-
-    A config class whose paper released config files reads them with a static method `from_released(text)`: it gets the
-    text of any file after `--config`, tells by its content whether it is one of the release, whatever its format, and
-    returns a `Translation`, or None where it is not. It raises UserError for what it does not know.
+    """A released config file, translated to this project's config.
 
     Attributes:
-        values: The sections of our config, as our JSON files have them.
-        rows: Each of their keys, its value, and what became of it, for the table that is printed.
-        runs: Folder for runs, where theirs names one; by default runs/<paper>.
+        values: The sections of the config, as a JSON file of this project has them.
+        rows: Each released key, its value, and what became of it, for the printed table.
+        runs: Folder for runs, if the released file names one; by default runs/<paper>.
     """
 
     values: dict[str, Any]
@@ -35,41 +31,49 @@ class Translation:
     runs: str | None = None
 
 
-def read_config(config_class: type, path: str | Path) -> Translation:
-    """A config file in our words: as it is, or as `config_class` translates it, which is printed.
+Translate = Callable[[str], Translation | None]
+"""Translate the text of a config file; None if it is not a released one. Raises UserError for unknown content."""
+
+
+def read_config(path: str | Path, translate: Translate | None = None) -> Translation:
+    """Read a config file; a released one is translated, and the translation is printed.
 
     Raises:
-        UserError: unreadable file, not JSON, or something in it that the translation does not know.
+        UserError: unreadable file, not JSON, or content that the translation does not support.
     """
-    text = _read_text(path)
-    translate = getattr(config_class, "from_released", lambda text: None)
-    try:
-        translation = translate(text)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    text = read_text(path)
+    translation = translate_text(text, path, translate) if translate else None
     if translation is None:
-        return Translation(_as_json(text, path), [])
+        return Translation(_parse_json(text, path), [])
     show_translation(translation, path)
     return translation
 
 
-def show_translation(translation: Translation, path: str | Path) -> None:
-    """Print what became of every key of a released file, in the first process of a run."""
+def translate_text(text: str, path: str | Path, translate: Translate) -> Translation | None:
+    """Translate the text of `path`; errors name the file."""
+    try:
+        return translate(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def show_translation(translation: Translation, path: str | Path, console: Console | None = None) -> None:
+    """Print what became of every key of a released file, on the main process only."""
     if int(os.environ.get("RANK", 0)) > 0:
         return
-    table = Table(title=f"{path}, in our words", title_justify="left")
-    for column in ("theirs", "value", "here"):
+    table = Table(title=f"{path}, translated to this project's config", title_justify="left")
+    for column in ("released key", "value", "this project"):
         table.add_column(column, overflow="fold")
     for row in translation.rows:
         table.add_row(*map(escape, row))
-    Console().print(table)
+    (console or Console()).print(table)
 
 
 def read_commented_json(text: str) -> Any:
-    """What JSON with comments (`#` or `//` to the end of a line) and commas after the last item holds.
+    """Parse JSON with comments (`#` or `//` to the end of a line) and trailing commas.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: not JSON.
     """
     string = r'"(?:\\.|[^"\\])*"'
     text = re.sub(rf"({string})|(?:#|//)[^\n]*", lambda found: found[1] or "", text)
@@ -77,7 +81,7 @@ def read_commented_json(text: str) -> Any:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level of dotted keys."""
+    """Turn nested sections into one level of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -88,37 +92,45 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def sections_of(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested sections: what `flatten` undoes."""
+    """Turn dotted keys into nested sections, the inverse of `flatten`."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, name = key.split(".")
-        place = nested
+        section = nested
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = value
+            section = section.setdefault(parent, {})
+        section[name] = value
     return nested
 
 
 def did_you_mean(key: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown key: the known one that was meant, if any is like it."""
+    """End of a message about an unknown key: the most similar known key, if any is similar."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _read_text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
+    """Read a config file as text.
+
+    Raises:
+        UserError: unreadable, or not UTF-8.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # with or without the mark that Windows' editors write
+        return Path(path).read_text(encoding="utf-8-sig")  # with or without the byte order mark of Windows editors
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"config {path} is no text in UTF-8: save it as UTF-8") from None
+        raise UserError(f"config {path} is not UTF-8 text; save it as UTF-8") from None
 
 
-def _as_json(text: str, path: str | Path) -> dict[str, Any]:
+def _parse_json(text: str, path: str | Path) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise UserError(f"config {path} is not JSON: {error}") from None
+        raise UserError(
+            f"config {path} is not JSON: {error}.\n"
+            f"If a paper's repository released it, translate it first: python <paper>/released.py {path}"
+        ) from None
     if not isinstance(values, dict):
-        raise UserError(f"config {path} must be a JSON object with the sections data, model, optim, method, run")
+        raise UserError(f"config {path} must be a JSON object with the sections data, model, optim, run and method")
     return values

@@ -1,47 +1,56 @@
-"""The config sections that every paper shares: data, model, optim, run."""
+"""The config sections that all papers share: data, model, optim and run."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
-from jsonargparse.typing import (
+from common.config.types import (
+    BatchSize,
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    restricted_number_type,
+    Scale,
+    Seed,
+    Size,
+    whole_number,
 )
 
-# Former words for `model.head`, in older configs and runs -> today's.
+# Former words for `model.head`, in older configs and runs -> the current ones.
 FORMER_HEADS = {"short": "v3plus", "deeplab": "v3plus_cac", "cps": "v3plus_cps", "v3": "v3plus_memory_bank"}
+CropSide = whole_number(16, 2**14)  # smaller crops vanish in the network's last features
+Rate = whole_number(1, 2**10)
+Workers = whole_number(0, 2**10)
+Threads = whole_number(1, 2**12)
 
 
 @dataclass
 class DataConfig:
-    """Images, labels and which of them are labeled.
+    """Images, labels, and the split into labeled and unlabeled images.
 
     Args:
-        dataset: Kind of dataset tree under `root`; `shapes` is the built-in one, made on first use; `pascal` and
-            `pascal_voc` are other words for `voc`.
+        dataset: Layout of the dataset below `root`: `voc` (also accepted as `pascal` and `pascal_voc`), `cityscapes`,
+            `gta5`, `folder` (your own data, docs/your_data.md), or `shapes`, a built-in dataset drawn on first use.
         root: Folder of the dataset.
-        split: Folder of {labeled,unlabeled,valid}_filename.txt, or published lists as they are (see docs/data.md);
-            either this, `labeled_list` or `split_id`.
-        labeled_list: File with the labeled images; those for validation are then the dataset's own.
-        unlabeled_list: File with the unlabeled images; by default all others for training.
-        split_id: An order of the images for training, of which the first are labeled: 0, 1 and 2 are stored in
-            `order_dir`, as memory bank published them, all above 2 are random.
-        labeled_samples: With `split_id`: number of labeled images.
-        order_dir: With `split_id`: folder of split_0.pkl, split_1.pkl and split_2.pkl.
-        split_seed: With `split_id`: seed of the random orders; by default `run.seed`.
+        split: Folder with labeled_filename.txt, unlabeled_filename.txt and valid_filename.txt, or with lists in one of
+            the published formats (docs/data.md). Give one of `split`, `labeled_list` and `split_id`.
+        labeled_list: File that lists the labeled images; the validation images are then the dataset's own.
+        unlabeled_list: File that lists the unlabeled images; by default all other training images.
+        split_id: Number of an order of the training images, the first `labeled_samples` of which are labeled. Orders 0,
+            1 and 2 are read from `order_dir`, as memory bank published them; orders from 3 up are random.
+        labeled_samples: Number of labeled images; only with `split_id`.
+        order_dir: Folder of split_0.pkl, split_1.pkl and split_2.pkl; only with `split_id`.
+        split_seed: Seed of the random orders, by default `run.seed`; only with `split_id`.
         crop_size: Height and width of a training crop, in pixels.
         scale_range: Smallest and largest random scale of a labeled image.
-        allow_overlap: Accept images that are in the labeled and in the unlabeled list.
-        skip_bad_files: Take the next image of the list in place of one that cannot be read; by default the run stops.
-        workers: Loader processes per training process and stream.
-        image_dir: `folder` only: folder of the images, absolute or relative to `root`.
-        label_dir: `folder` only: folder of the labels, absolute or relative to `root`.
-        classes: `folder` only: text file with a class a line (docs/your_data.md), absolute or relative to `root`.
+        allow_overlap: Accept images that are in both the labeled and the unlabeled list.
+        skip_bad_files: Replace an image that cannot be read by the next one of its list; by default the run stops.
+        workers: Loader processes per training process and per list.
+        image_dir: Folder of the images, absolute or relative to `root`; only with dataset `folder`.
+        label_dir: Folder of the labels, absolute or relative to `root`; only with dataset `folder`.
+        classes: Text file with one class per line (docs/your_data.md), absolute or relative to `root`; only with
+            dataset `folder`.
     """
 
     dataset: Literal["voc", "pascal", "pascal_voc", "cityscapes", "gta5", "folder", "shapes"]
@@ -52,12 +61,12 @@ class DataConfig:
     split_id: Optional[NonNegativeInt] = None
     labeled_samples: Optional[PositiveInt] = None
     order_dir: Optional[str] = None
-    split_seed: Optional[NonNegativeInt] = None
-    crop_size: tuple[PositiveInt, PositiveInt] = (321, 321)
-    scale_range: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.5)
+    split_seed: Optional[Seed] = None
+    crop_size: tuple[CropSide, CropSide] = (321, 321)
+    scale_range: tuple[Scale, Scale] = (0.5, 1.5)
     allow_overlap: bool = False
     skip_bad_files: bool = False
-    workers: NonNegativeInt = 4
+    workers: Workers = 4
     image_dir: str = "images"
     label_dir: str = "labels"
     classes: str = "classes.txt"
@@ -68,7 +77,7 @@ class DataConfig:
 
     @property
     def lists(self) -> str:
-        """What says which images are labeled, for messages."""
+        """Source of the split, for messages."""
         by_id = None if self.split_id is None else f"split id {self.split_id} with {self.labeled_samples} labels"
         return self.split or self.labeled_list or by_id or "data without lists"
 
@@ -78,21 +87,23 @@ class ModelConfig:
     """The network that is trained and evaluated.
 
     Args:
+        num_classes: Number of classes the network predicts.
         backbone: timm name of a ResNet: resnet18, resnet34, resnet50, resnet101 or resnet152.
-        stem: `plain` is the 7x7 convolution, `deep` three 3x3 ones (64, 64, 128 channels).
+        stem: First layers of the backbone: `plain` is one 7x7 convolution, `deep` is three 3x3 convolutions with 64, 64
+            and 128 channels.
         head: Network on the backbone: DeepLabV3+ as in PRCL and CSS (`v3plus`), CAC (`v3plus_cac`), original CPS and
             CPCL (`v3plus_cps`) or memory bank (`v3plus_memory_bank`); DeepLabV2 (`v2`), or DeepLabV2 for weights
-            trained on COCO (`v2_coco`). Former words are accepted: `short`, `deeplab`, `cps` and `v3` for the first
-            four.
+            pretrained on COCO (`v2_coco`). The former words `short`, `deeplab`, `cps` and `v3` are accepted for the
+            first four.
         output_stride: Stride of the last backbone features, 8 or 16.
-        channels: Width of ASPP and heads; the papers' is 256.
-        rates: Dilations of the ASPP's 3x3 branches; by default those of the output stride.
-        align_corners: How features and logits are enlarged; the papers' is true.
-        input_mean: Mean of red, green and blue (0 to 255) that is taken off images, with no deviation to divide by; by
-            default ImageNet's mean and deviation.
-        bgr: With input_mean: the network wants channels in the order blue, green, red.
-        pretrained: ImageNet weights of the backbone: false, true or a timm name (downloaded), or a local file.
-        num_classes: Number of classes the network predicts.
+        channels: Number of channels of ASPP and heads; 256 in the papers.
+        rates: Dilation rates of the three 3x3 branches of the ASPP; by default those of the output stride.
+        align_corners: `align_corners` of the bilinear upsampling of features and logits; true in the papers.
+        input_mean: Mean of red, green and blue (0 to 255) that is subtracted from images, without a division by a
+            standard deviation; by default images are normalized with ImageNet's mean and standard deviation.
+        bgr: Feed the channels in the order blue, green, red; only with `input_mean`.
+        pretrained: ImageNet weights of the backbone: true or a timm name (downloaded), a local file, or false for
+            random weights.
     """
 
     num_classes: PositiveInt
@@ -102,8 +113,8 @@ class ModelConfig:
         "v3plus", "v3plus_cac", "v3plus_cps", "v3plus_memory_bank", "v2", "v2_coco", "short", "deeplab", "cps", "v3"
     ] = "v3plus"
     output_stride: Literal[8, 16] = 16
-    channels: PositiveInt = 256
-    rates: Optional[tuple[PositiveInt, PositiveInt, PositiveInt]] = None
+    channels: Size = 256
+    rates: Optional[tuple[Rate, Rate, Rate]] = None
     align_corners: bool = True
     input_mean: Optional[tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat]] = None
     bgr: bool = False
@@ -118,14 +129,14 @@ class OptimConfig:
     """Optimizer and batch.
 
     Args:
-        name: `sgd` or `adamw`.
+        name: Optimizer, `sgd` or `adamw`.
         lr: Learning rate at the first step.
         weight_decay: Weight decay of all parameters.
         momentum: Momentum of `sgd`.
-        nesterov: Whether that momentum is Nesterov's.
+        nesterov: Use Nesterov momentum with `sgd`.
         poly_power: Exponent of the polynomial decay of the learning rate.
-        batch_size: Labeled images a step, over all processes; as many unlabeled ones.
-        accumulation: Backward passes a step the batch is cut into.
+        batch_size: Labeled images per step, over all processes; a step has as many unlabeled images.
+        accumulation: Number of backward passes per step that the batch is divided into.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -134,39 +145,41 @@ class OptimConfig:
     momentum: ClosedUnitInterval = 0.9
     nesterov: bool = True
     poly_power: NonNegativeFloat = 0.9
-    batch_size: PositiveInt = 16
+    batch_size: BatchSize = 16
     accumulation: PositiveInt = 1
 
 
 @dataclass
 class RunConfig:
-    """How long a run is, and what it leaves behind. Cadences are in steps.
+    """Length, outputs and devices of a run. Intervals are in optimizer steps.
 
     Args:
-        dir: Run folder; by default runs/<paper>/<config name>. The same command on the same folder continues the run.
-        seed: Seed of everything random.
-        steps: Length in optimizer steps (either steps or epochs; given on the command line one replaces the other).
-        epochs: Length in epochs.
-        steps_per_epoch: Steps an epoch; by default the paper's rule.
-        eval_every: Evaluate after so many steps, and at the end; by default once an epoch, or ten times a run.
-        save_every: Write a checkpoint after so many steps, and at the end; by default as often as `eval_every`.
-        keep: How many of the newest checkpoints are kept, besides the best one.
-        snapshot_every: Keep a weights-only checkpoint after so many steps, never pruned; 0 keeps none.
+        dir: Run folder, by default runs/<paper>/<config name>. The same command with the same folder resumes the run.
+        seed: Seed of all random numbers.
+        steps: Length of the run in optimizer steps. Give either `steps` or `epochs`; the one given on the command line
+            replaces the other.
+        epochs: Length of the run in epochs.
+        steps_per_epoch: Optimizer steps per epoch; by default the paper's rule.
+        eval_every: Interval between evaluations; the run is also evaluated at its end. By default once per epoch, or
+            ten times in a run whose length is in steps.
+        save_every: Interval between checkpoints; one is also written at the end. By default `eval_every`.
+        keep: Number of newest checkpoints to keep, besides the best one.
+        snapshot_every: Interval between weights-only checkpoints that are never deleted; 0 writes none.
         snapshot_from: Step of the first of them; by default `snapshot_every`.
-        log_every: Write losses to metrics.jsonl after so many steps.
-        precision: fp32, fp16 or bf16; by default what `accelerate launch` was told.
-        device: `auto` takes the GPU where there is one; `cpu`.
-        threads: CPU threads of a process; by default the processes of this machine share its cores.
-        deterministic: Only operations that give the same bits twice on one machine: slower on a GPU.
-        max_bad_steps: Steps in a row whose loss or gradient is not finite, after which the run ends; single ones are
+        log_every: Interval between lines of losses in metrics.jsonl.
+        precision: fp32, fp16 or bf16; by default the mixed precision that `accelerate launch` is given.
+        device: `auto` uses the GPU if there is one; `cpu` does not.
+        threads: CPU threads per process; by default the processes on one machine share its cores.
+        deterministic: Use only operations that give identical bits on the same machine; slower on a GPU.
+        max_bad_steps: Stop the run after this many consecutive steps with a non-finite loss or gradient; such steps are
             skipped.
-        timeout: Seconds a process waits for another before it ends; longer than the longest evaluation.
-        compile: Compile the student, and losses that have a kernel for it, with torch.compile.
-        trackers: Also log to tensorboard or wandb.
+        timeout: Seconds that a process waits for another one before it stops; must exceed the longest evaluation.
+        compile: Compile the student, and losses that have a compiled kernel, with torch.compile.
+        trackers: Also log to `tensorboard`, `wandb` or both.
     """
 
     dir: Optional[str] = None
-    seed: NonNegativeInt = 3407
+    seed: Seed = 3407
     steps: Optional[PositiveInt] = None
     epochs: Optional[PositiveInt] = None
     steps_per_epoch: Optional[PositiveInt] = None
@@ -178,7 +191,7 @@ class RunConfig:
     log_every: PositiveInt = 20
     precision: Optional[Literal["fp32", "fp16", "bf16"]] = None
     device: Literal["auto", "cpu"] = "auto"
-    threads: Optional[PositiveInt] = None
+    threads: Optional[Threads] = None
     deterministic: bool = False
     max_bad_steps: PositiveInt = 10
     timeout: PositiveFloat = 3600
@@ -187,12 +200,10 @@ class RunConfig:
 
 
 @dataclass
-class SharedConfig:
-    """The sections any script's config has: what the command lines that serve every paper read."""
+class BaseConfig:
+    """The sections that the config of every script has; a paper's `Config` adds its own section `method`."""
 
     data: DataConfig
     model: ModelConfig
+    optim: OptimConfig
     run: RunConfig
-
-
-NonPositiveFloat = restricted_number_type("NonPositiveFloat", float, ("<=", 0))

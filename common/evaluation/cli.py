@@ -81,7 +81,8 @@ def main_eval(
     # A training may write checkpoints at this moment, so all processes use the list that one process has seen.
     found = [find_checkpoints(run.folder, args.which, by_epoch=run.config.run.epochs is not None)]
     ((checkpoints, notes),) = broadcast_object_list(found)
-    data = load_config(config_class, args.config).data if args.config else run.config.data
+    translate = release.translate if release else None
+    data = load_config(config_class, args.config, translate).data if args.config else run.config.data
     reader = _open_reader(data, run.config.model, run.folder, accelerator)
     names = valid_of(data, reader)
     is_newest = (
@@ -161,9 +162,8 @@ def _select_run(paper: str, config_class: type, args: argparse.Namespace, releas
     if args.run is None and file and file.is_file() and not run_containing(args.which):
         if args.config:
             config_file = Path(args.config)
-            return _SelectedRun(
-                Path("runs", paper, config_file.stem), load_config(config_class, config_file), config_file
-            )
+            config = load_config(config_class, config_file, release.translate if release else None)
+            return _SelectedRun(Path("runs", paper, config_file.stem), config, config_file)
         folder = Path("runs", paper, file.stem)
         translation = release.config_in(file) if release and release.config_in else None
         if translation:

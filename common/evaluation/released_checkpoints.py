@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from common.config import load_config
-from common.config.files import Translation
+from common.config.files import Translate, Translation
 from common.datasets import named_classes
 from common.engine import checkpoints
 from common.engine.run_folder import open_folder
@@ -35,6 +35,7 @@ class Release:
         entries: Entries of the file that may hold the weights, in order of preference.
         heads: Key prefixes of weights that the evaluated network does not have.
         config_in: Function that reads the config stored in a checkpoint, for repositories that store it.
+        translate: Translation of the repository's config files.
     """
 
     convert_keys: Callable[[State, int], State]
@@ -42,6 +43,7 @@ class Release:
     entries: tuple[str, ...] = STATE_ENTRIES
     heads: tuple[str, ...] = ()
     config_in: Callable[[Path], Translation | None] | None = None
+    translate: Translate | None = None
 
     def read(self, file: Path, number: int = 1) -> State:
         """Read the weights of network 1 or 2, with this project's keys.

@@ -9,7 +9,8 @@ from torch import Tensor
 from common.errors import UserError
 from common.models.weights import UNREACHED, few, without_wrapper
 
-# Prefixes of the networks PRCL and CSS published (the same keys in both), and ours. The first that fits counts.
+# Prefixes of the keys of PRCL's and CSS's published networks (the same in both), and this project's. The first match
+# counts.
 PRCL_CSS = {
     "resnet_": "encoder.",
     "ASPP.convs.4.": "aspp.pooled.",
@@ -18,10 +19,12 @@ PRCL_CSS = {
     "project.": "low.",
     "classifier.": "classifier.",
 }
-# The representation head is no part of the segmenter; the papers' own folders read it.
+# The representation head is not part of the segmenter; the papers' own folders read it.
 PRCL_CSS_HEADS = ("representation.",)
+# Entries of PRCL's and CSS's checkpoints: the teacher, which the papers evaluate, before the student.
+PRCL_CSS_ENTRIES = ("ema", "ema_model", "model")
 
-# The same for CAC. The decoder's first convolution also sees its input channels in another order (`_low_level_first`).
+# The same for CAC, whose decoder also has its input channels in another order (`_low_level_first`).
 CAC = (
     {"encoder.backbone.": "encoder."}
     | {f"encoder.aspp.aspp{i + 1}.atrous_conv.": f"aspp.branches.{i}.0." for i in range(4)}
@@ -37,8 +40,8 @@ CAC = (
     }
 )
 CAC_HEADS = ("project.",)
-# For CPS in CAC's code base, which calls the encoder backbone, and for original CPS and CPCL.
-CPS_IN_CAC = {re.sub("^encoder", "backbone", official): ours for official, ours in CAC.items()}
+# The same for CPS in CAC's code base, which names the encoder `backbone`, and for original CPS and CPCL.
+CPS_IN_CAC = {re.sub("^encoder", "backbone", official): key for official, key in CAC.items()}
 CPS = {
     "backbone.": "encoder.",
     "head.aspp.map_convs.": "aspp.branches.",
@@ -52,7 +55,7 @@ CPS = {
     "head.last_conv.": "decoder.",
     "classifier.": "classifier.",
 }
-# For both networks of memory bank; its heads and selectors are read in its folder.
+# The same for both networks of memory bank; memory_bank/released.py converts its heads and selectors.
 MEMORY_BANK = (
     {f"{name}.": f"encoder.{name}." for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")}
     | {"layer5.conv2d_list.": "classifier.branches."}
@@ -71,12 +74,13 @@ MEMORY_BANK = (
 MEMORY_BANK_HEADS = ("projection_head.", "prediction_head.", "contrastive_class_selector_")
 
 
-def deeplab_from_prcl_css(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The segmenter out of a state dict of PRCL's or CSS's published network, with the keys of our `v3plus`.
+def deeplab_from_prcl_css(state: Mapping[str, Tensor], network: int = 1) -> dict[str, Tensor]:
+    """Convert the segmenter of PRCL's or CSS's published network to the keys of the head `v3plus`.
 
     Args:
-        state: Keys as published (`resnet_layer1.0.conv1.weight`, `ASPP.convs.0.0.weight`, ...). Those that start with
+        state: Keys as published (`resnet_layer1.0.conv1.weight`, `ASPP.convs.0.0.weight`, ...). Keys that start with
             one of `PRCL_CSS_HEADS` are left out of the result.
+        network: Unused: there is one network.
 
     Raises:
         UserError: keys of another network.
@@ -85,7 +89,7 @@ def deeplab_from_prcl_css(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def deeplab_from_cac(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The segmenter out of CAC's published network, with the keys of our `v3plus_cac`; its projector is left out.
+    """Convert the segmenter of CAC's published network to the keys of `v3plus_cac`; its projector is left out.
 
     Args:
         state: Keys `encoder.backbone.conv1.weight`, ..., with or without `module.` before them.
@@ -98,12 +102,13 @@ def deeplab_from_cac(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _low_level_first(renamed)
 
 
-def deeplab_from_memory_bank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The segmenter out of memory bank's published network: our `v2`, `v2_coco` or `v3plus_memory_bank`.
+def deeplab_from_memory_bank(state: Mapping[str, Tensor], network: int = 1) -> dict[str, Tensor]:
+    """Convert the segmenter of memory bank's published network to `v2`, `v2_coco` or `v3plus_memory_bank`.
 
     Args:
         state: Keys `conv1.weight`, ..., `layer5.conv2d_list.0.weight` or `aspp.conv1.weight`, ...; heads, selectors
-            and classifiers that are never reached are left out.
+            and classifiers that are never used are left out.
+        network: Unused: there is one network.
 
     Raises:
         UserError: keys of another network.
@@ -113,28 +118,29 @@ def deeplab_from_memory_bank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def deeplab_from_cps(state: Mapping[str, Tensor], network: int = 1) -> dict[str, Tensor]:
-    """One of the two networks out of a published CPS or CPCL.
+    """Convert one of the two networks of a published CPS or CPCL.
 
     Args:
-        state: Keys of original CPS and CPCL (our `v3plus_cps`) or of CPS in CAC's code base (our `v3plus_cac`), both
-            below `branch1.` and `branch2.`, or those of the latter's first network alone.
+        state: Keys of original CPS and CPCL (converted to those of `v3plus_cps`) or of CPS in CAC's code base
+            (converted to those of `v3plus_cac`), both below `branch1.` and `branch2.`, or the keys of the latter's
+            first network alone.
         network: 1 or 2.
 
     Raises:
-        UserError: keys of another network; a second network that the file does not hold.
+        UserError: keys of another network, or a second network that the file does not have.
     """
     state = without_wrapper(state)
     branch = f"branch{network}."
     own = {key.removeprefix(branch): value for key, value in state.items() if key.startswith(branch)}
     if not own and (network != 1 or any(key.startswith("branch") for key in state)):
-        raise UserError(f"the file holds no network {network}")
+        raise UserError(f"the file has no network {network}; evaluate network 1")
     own = own or dict(state)
     in_cac_code = any(key.startswith("backbone.backbone.") for key in own)
     return _low_level_first(_rename(own, CPS_IN_CAC if in_cac_code else CPS))
 
 
 def _low_level_first(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Move the 48 low-level channels, which CAC and CPS put after the ASPP's, to where our decoder has them."""
+    """Move the 48 low-level channels before the ASPP's, as in this project; CAC and CPS have them after."""
     key, low = "decoder.0.weight", "low.0.weight"
     if key in state and low in state:
         aspp_channels = state[key].shape[1] - state[low].shape[0]

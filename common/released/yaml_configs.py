@@ -1,4 +1,4 @@
-"""The YAML config files of PRCL's and CSS's releases, which have one skeleton: reading them, and their common keys."""
+"""Read the YAML config files of PRCL's and CSS's releases, which share one layout, and translate their common keys."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ SPLITS = {"VOC": "splits/voc", "CityScapes": "splits/cityscapes"}
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's own types and PyYAML's tuples, which the releases use; nothing that runs, and nothing that multiplies."""
+    """YAML's own types and PyYAML's tuples, which the releases use; no tag that runs code, and no aliases."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -33,22 +33,22 @@ class _PlainLoader(yaml.SafeLoader):
 
 def _refuse(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> None:
     line = node.start_mark.line + 1
-    raise UserError(f"line {line}: the tag !!python/{suffix} is refused; of Python's tags !!python/tuple alone is read")
+    raise UserError(f"line {line}: the tag !!python/{suffix} is refused; only !!python/tuple is accepted")
 
 
 _PlainLoader.add_multi_constructor(PYTHON, _refuse)
 _PlainLoader.add_constructor(PYTHON + "tuple", yaml.SafeLoader.construct_sequence)
-# YAML 1.1 takes 5e-4 for a word.
+# YAML 1.1 reads 5e-4 as a string.
 _PlainLoader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
 
 
 def read_released_yaml(text: str) -> Settings | None:
-    """The dotted keys of a config file with the skeleton of the two releases; None where `text` is something else.
+    """Read a config file with the layout of the two releases to dotted keys; None if `text` is something else.
 
     Raises:
-        UserError: it is no YAML, has a Python tag other than a tuple's, or an alias.
+        UserError: not YAML, a Python tag other than the tuple's, or an alias.
     """
-    if text.lstrip().startswith("{"):  # JSON, our own
+    if text.lstrip().startswith("{"):  # JSON, of this project
         return None
     try:
         values = yaml.load(text, _PlainLoader)
@@ -64,7 +64,7 @@ def read_released_yaml(text: str) -> Settings | None:
 
 
 def batch_size(flat: Settings, processes: int) -> Settings:
-    """Theirs counts for a process, ours for all."""
+    """Convert the batch size per process to the total over all processes."""
     return {"optim.batch_size": whole(flat, "Dataset.batch_size") * processes}
 
 
@@ -78,9 +78,9 @@ def _root(key: str, flat: Settings) -> Settings:
 
 def _split(key: str, flat: Settings) -> Settings:
     name = f"{flat['Dataset.num_labels']}/{flat['Seed']}"
-    theirs = Path(str(flat.get("Dataset.txt_dir", "")), name)
-    here = theirs if theirs.is_dir() else Path(choice(flat, "Dataset.name", SPLITS), name)
-    return {"data.split": str(here)}
+    named = Path(str(flat.get("Dataset.txt_dir", "")), name)
+    folder = named if named.is_dir() else Path(choice(flat, "Dataset.name", SPLITS), name)
+    return {"data.split": str(folder)}
 
 
 ALWAYS: Settings = {"model.backbone": "resnet101", "model.pretrained": True}
@@ -115,7 +115,7 @@ RULES: dict[str, Rule] = {
     **only({"Network.name": ("DeepLabv3Plus", "the default of model.head")}),
     **ignored("Lr_Scheduler.name Lr_Scheduler.step_size Lr_Scheduler.gamma", "the schedule is always PolyLR"),
     **ignored("Training_Setting.save_dir", "runs go to run.dir"),
-    **ignored("Distributed.gpu_id", "`accelerate launch` says which GPUs"),
+    **ignored("Distributed.gpu_id", "`accelerate launch` chooses the GPUs"),
     "Dataset.name": _dataset,
     "Dataset.data_dir": _root,
     "Dataset.txt_dir": _split,

@@ -1,4 +1,4 @@
-"""Configs and data files with something wrong, and what a training script says to them."""
+"""Run training scripts on configs and data files with one thing wrong."""
 
 import copy
 import hashlib
@@ -19,6 +19,7 @@ from PIL import Image
 
 from common.config import parse, to_dict
 from common.datasets import open_reader
+from common.splits.split import split_of
 from tests.conftest import flags, module_of
 
 SECONDS = 20
@@ -44,7 +45,7 @@ WRONG = (
     1e308,
     -0.0,
 )
-# Without these, a mutated config would be another experiment, not a wrong one.
+# Without these, a mutated config would be a long experiment, not an invalid one.
 SHORT = ["--run.steps", "1", "--run.threads", "1", "--data.workers", "0", "--run.device", "cpu"]
 
 
@@ -53,7 +54,7 @@ class Hang(Exception):
 
 
 def outcome(script: str, arguments: list[str], capsys) -> str:
-    """`success`, or `told` for an error in one or two lines and status 2. Anything else fails."""
+    """Run `script`: `success`, or `error` for a message of one or two lines and status 2. Anything else fails."""
     signal.signal(signal.SIGALRM, _hang)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     began = time.monotonic()
@@ -72,7 +73,7 @@ def outcome(script: str, arguments: list[str], capsys) -> str:
         return "success"
     assert status == 2, f"status {status}: {captured.err}"
     assert captured.err.startswith("error: ") and len(captured.err.splitlines()) <= 2, captured.err
-    return "told"
+    return "error"
 
 
 def _hang(number: int, frame: Any) -> None:
@@ -80,7 +81,7 @@ def _hang(number: int, frame: Any) -> None:
 
 
 def digest(*folders: Path) -> str:
-    """Of the names and contents of all files."""
+    """Hash the names and contents of all files."""
     files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
     return hashlib.sha256(b"".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()
 
@@ -89,7 +90,7 @@ def fuzz_configs(script: str, arguments: list[str], folder: Path, count: int, se
     """Run `script` with `count` mutated copies of the config that `arguments` give."""
     rng, outcomes = np.random.default_rng(seed), Counter()
     parsed = _parsed(script, arguments)
-    open_reader(parsed.data)  # makes the split
+    split_of(parsed.data, open_reader(parsed.data))  # draws the split of the built-in data
     config, data = to_dict(parsed), Path(parsed.data.root)
     for number in range(count):
         text, change = mutate_config(config, rng)
@@ -106,7 +107,7 @@ def fuzz_configs(script: str, arguments: list[str], folder: Path, count: int, se
 
 
 def mutate_config(config: dict, rng: Generator) -> tuple[bytes, str]:
-    """A config file with one thing wrong, and what that is."""
+    """Make a config file with one thing wrong, and describe it."""
     values = copy.deepcopy(config)
     section = str(rng.choice(sorted(values)))
     key = str(rng.choice(sorted(values[section])))
@@ -129,7 +130,7 @@ def mutate_config(config: dict, rng: Generator) -> tuple[bytes, str]:
 
 
 def damage(content: bytes, rng: Generator) -> bytes:
-    """Truncated, or with some bytes changed, added or taken out."""
+    """Truncate `content`, or change, add or remove some bytes."""
     where = int(rng.integers(len(content)))
     kind = rng.integers(4)
     if kind == 0:
@@ -145,10 +146,10 @@ def damage(content: bytes, rng: Generator) -> bytes:
 
 
 def fuzz_data(script: str, arguments: list[str], folder: Path, count: int, seed: int, capsys) -> Counter:
-    """Run `script`, `count` times, on a copy of the data that `arguments` name with one file mutated."""
+    """Run `script` `count` times on a copy of its data with one file mutated."""
     rng, outcomes = np.random.default_rng(seed), Counter()
     data = _parsed(script, arguments).data
-    open_reader(data)  # makes the split
+    split_of(data, open_reader(data))  # draws the split of the built-in data
     root, split, run = (folder / name for name in ("data", "split", "run"))
     shutil.copytree(data.root, root)
     shutil.copytree(data.split, split)
@@ -178,7 +179,7 @@ def _draw_file(root: Path, split: Path, rng: Generator) -> tuple[Path, Callable[
     kind = rng.integers(3)
     if kind == 0:
         return lists[rng.integers(len(lists))], LIST_CHANGES[rng.integers(len(LIST_CHANGES))]
-    # Files that a short run does come to: the labeled list's and the validation list's.
+    # Files that a short run reads: those of the labeled and of the validation list.
     names = [name for path in lists if "unlabeled" not in path.name for name in path.read_text().split()]
     name = names[rng.integers(len(names))]
     if kind == 1:

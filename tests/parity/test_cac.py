@@ -86,7 +86,7 @@ def config_of(g: Golden) -> Config:
     model = ModelConfig(
         int(g["num_classes"]), "resnet18", head="v3plus_cac", channels=g["cls_weight"].shape[1], pretrained=False
     )
-    return Config(DataConfig("voc", "", ""), model, OptimConfig(), Method(cac=method), RunConfig())
+    return Config(DataConfig("voc", "", ""), model, OptimConfig(), RunConfig(), Method(cac=method))
 
 
 def check_contrast_step(network: CACNetwork, bank: Bank, own: Golden, config: Config, g: Golden) -> None:
@@ -226,7 +226,7 @@ def check_poly(path: Path) -> None:
     for name in ("voc", "city"):
         lr, epochs, steps = g[f"{name}_cfg"].tolist()
         model = ModelConfig(3, "resnet18", head="v3plus_cac", channels=8, pretrained=False)
-        config = Config(DataConfig("voc", "", ""), model, OptimConfig(lr=lr), Method(), RunConfig())
+        config = Config(DataConfig("voc", "", ""), model, OptimConfig(lr=lr), RunConfig(), Method())
         optimizer = make_optimizer(config, CACNetwork(model, 8))
         want = torch.cat([g[f"{name}_lr_used"], g[f"{name}_after_last"][None]])
         check_poly_rates(optimizer, want, int(epochs * steps))

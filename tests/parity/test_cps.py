@@ -208,7 +208,7 @@ def check_groups(network: nn.Module, model: ModelConfig, g: Golden) -> None:
     """What has weight decay and what has none: elements, over the groups of the file."""
     optim = OptimConfig(weight_decay=1e-4)
     method = Method(backbone_lr_scale=1.0, decay_norms=False)
-    optimizer = make_optimizer(Config(DataConfig("voc", "", ""), model, optim, method, RunConfig()), network)
+    optimizer = make_optimizer(Config(DataConfig("voc", "", ""), model, optim, RunConfig(), method), network)
     for decays in (True, False):
         groups = [group for group in optimizer.param_groups if (group["weight_decay"] > 0) == decays]
         own = [parameter for group in groups for parameter in group["params"]]

@@ -678,7 +678,7 @@ def step_config(g: Golden) -> Config:
         embedding_dim=int(g["F"]),
     )
     model = ModelConfig(int(g["num_classes"]), "resnet18", pretrained=False)
-    return Config(DataConfig("voc", "", ""), model, OptimConfig(batch_size=len(g["images_aug"])), method, RunConfig())
+    return Config(DataConfig("voc", "", ""), model, OptimConfig(batch_size=len(g["images_aug"])), RunConfig(), method)
 
 
 def check_one_step(g: Golden, want: Golden, step: int) -> None:
