@@ -60,7 +60,7 @@ class Report:
         by_epoch = _count_epochs(results)
         columns = ["epoch"] if by_epoch else []
         columns += ["step", "mIoU %"]
-        columns += ["mIoU without background %"] if self._has_background else []
+        columns += ["without background %"] if self._has_background else []
         table = Table(*columns, "classes", "pixel accuracy %", "", title="all", title_justify="left")
         best = _best(results)
         for checkpoint, scores in results:
