@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
+from common.config.sections import DataConfig
+from common.datasets import open_reader
 from common.datasets.shapes import make_shapes
+from common.splits.split import split_of
 from tests.helpers.narrow import NARROW
 
 ROOT = Path(__file__).parent.parent
@@ -115,10 +118,12 @@ def curves():
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
-    """Built-in data, few and small; beside them, those of the second domain."""
+    """Built-in data, few and small, with a split; beside them, those of the second domain."""
     root = tmp_path_factory.mktemp("shapes") / "shapes"
     make_shapes(root, "voc", train=24, val=7, size=(48, 64))
     make_shapes(root.with_name("shapes_b"), "voc", train=24, val=1, size=(48, 64), domain="b")
+    data = DataConfig("shapes", str(root), str(root / "splits" / "6" / "0"))
+    split_of(data, open_reader(data))
     return root
 
 
