@@ -1,6 +1,7 @@
 """Options of the test run, and a small built-in dataset with the arguments that train on it in seconds."""
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,11 @@ from typing import Any
 import pytest
 from accelerate.state import AcceleratorState
 
+from common.config.sections import DataConfig
+from common.datasets import open_reader
 from common.datasets.shapes import make_shapes
+from common.splits.split import split_of
+from tests.helpers.narrow import NARROW
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,12 +103,27 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Drawing a curve takes longer than a small run: only tests that ask for `curves` have matplotlib."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+
+@pytest.fixture
+def curves():
+    """Curves are drawn."""
+    pytest.importorskip("matplotlib")
+
+
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
-    """Built-in data, few and small; beside them, those of the second domain."""
+    """Built-in data, few and small, with a split; beside them, those of the second domain."""
     root = tmp_path_factory.mktemp("shapes") / "shapes"
     make_shapes(root, "voc", train=24, val=7, size=(48, 64))
     make_shapes(root.with_name("shapes_b"), "voc", train=24, val=1, size=(48, 64), domain="b")
+    data = DataConfig("shapes", str(root), str(root / "splits" / "6" / "0"))
+    split_of(data, open_reader(data))
     return root
 
 
@@ -119,6 +139,7 @@ def tiny(shapes_root, tmp_path):
             "data.split": shapes_root / "splits" / "6" / "0",
             "data.crop_size": "[32, 32]",
             "data.workers": 0,
+            "model.backbone": NARROW,
             "model.channels": 8,
             "optim.batch_size": 2,
             "run.dir": tmp_path / "run",

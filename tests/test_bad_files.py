@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from common.datasets.voc import CLASSES
+from tests.helpers.commands import refused, train
 from tests.helpers.kill_runs import metrics
-from tests.test_training import refused, train
 
 SCRIPT = "supervised/train.py"
 
@@ -20,7 +20,6 @@ def tree(shapes_root, tiny, tmp_path) -> tuple[Path, list[str], list[str]]:
     """A VOC tree of the user's own, ids of its labeled list, and the arguments that train on it."""
     root = tmp_path / "data"
     split = root / "splits" / "6" / "0"
-    train(SCRIPT, tiny(SCRIPT, "--run.steps", "1", "--run.dir", str(tmp_path / "makes the split")))
     shutil.copytree(shapes_root, root)
     own = ["--data.dataset", "voc", "--data.root", str(root), "--data.split", str(split)]
     arguments = tiny(SCRIPT, *own, "--model.num_classes", str(len(CLASSES)))

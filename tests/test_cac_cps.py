@@ -3,6 +3,7 @@
 import importlib
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,19 +13,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from cac_cps import train as cac_train
 from cac_cps.config import Config
 from cac_cps.crops import draw_size
 from cac_cps.panels import COMMON, save_pair_panel
 from cac_cps.train import CACNetwork, first_contrastive_step
-from common.config import load_config
+from common.config import load_config, parse
 from common.datasets import open_reader
 from common.datasets.shapes import make_shapes
+from common.engine.run import Run
 from common.errors import UserError
 from common.evaluation.cli import main_eval
 from common.splits.split import Split, read_split
 from common.visual import MARGIN, TILE
 from tests.helpers.kill_runs import metrics
-from tests.test_processes import torchrun
+from tests.helpers.subprocess_runs import call_in_two
 
 SCRIPTS = ("train", "train_semiseg", "train_semiseg_cutmix")
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -57,30 +60,25 @@ def test_a_run_leaves_what_is_documented(script, tiny, tmp_path):
     assert {key.split("/")[0] for key in extra} == wanted
 
 
-BANK = """
-import sys, torch
-from cac_cps import train
-from common.config import parse
-from common.engine.run import Run
-made = []
-class Kept(train.Bank):
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        made.append(self)
-train.Bank = Kept
-with Run(parse(train.Config, "cac_cps/train.py", sys.argv[2:]), "cac_cps/train.py") as run:
-    train.train(run.config, run)
-    torch.save(made[0].state_dict(), f"{sys.argv[1]}/bank_{run.rank}.pt")
-"""
+def save_bank(folder: Path, arguments: list[str]) -> None:
+    """Train, and save the bank that this process holds in the end."""
+    made = []
+
+    class Kept(cac_train.Bank):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            made.append(self)
+
+    cac_train.Bank = Kept
+    with Run(parse(Config, "cac_cps/train.py", arguments), "cac_cps/train.py") as run:
+        cac_train.train(run.config, run)
+        torch.save(made[0].state_dict(), folder / f"bank_{run.rank}.pt")
 
 
 def test_the_bank_is_the_same_on_every_process(tiny, tmp_path):
-    script = tmp_path / "bank.py"
-    script.write_text(BANK)
-    process = torchrun(
-        str(script), str(tmp_path), *tiny("cac_cps/train.py", "--run.steps", "4", "--optim.batch_size", "4")
-    )
-    assert process.returncode == 0, process.stderr
+    arguments = tiny("cac_cps/train.py", "--run.steps", "4", "--optim.batch_size", "4")
+    for child in call_in_two(2 * [partial(save_bank, tmp_path, arguments)], tmp_path / "log"):
+        child.finish()
     first, second = (torch.load(tmp_path / f"bank_{rank}.pt") for rank in (0, 1))
     assert first["embedding"].norm() > 0
     for name, values in first.items():

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from common.config import load_config
 from common.datasets.shapes import make_shapes
 from common.released.weights import CPS
 from cpcl.train import Config, main
+from tests.helpers.commands import SMALL_MODEL, run_python
 from tests.helpers.kill_runs import metrics
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +25,7 @@ EPOCHS += ["--run.eval_every", "12", "--run.snapshot_every", "4", "--run.snapsho
 EPOCHS += ["--run.precision", "bf16"]  # in which predictions differ from those in fp32
 
 
-def test_a_run_leaves_what_is_documented(tiny, tmp_path):
+def test_a_run_leaves_what_is_documented(curves, tiny, tmp_path):
     main(tiny(SCRIPT))
     run = tmp_path / "run"
     lines = [line for line in metrics(run) if "loss" in line]
@@ -34,7 +33,7 @@ def test_a_run_leaves_what_is_documented(tiny, tmp_path):
         both = line["loss_intersection"] + line["loss_union"]
         assert line["loss"] == pytest.approx(line["loss_supervised1"] + line["loss_supervised2"] + both, rel=1e-5)
         assert 0 < line["agreement"] <= 1 and 0 < line["confidence"] <= 1
-    assert (run / "pictures" / "step_00000006.png").exists()
+    assert (run / "pictures" / "step_00000006.png").exists() and (run / "pictures" / "curve.png").exists()
     extra = load_file(run / "checkpoints" / "last" / "extra.safetensors")
     assert {key.split("/")[0] for key in extra} == {"second"}
     first = load_file(run / "checkpoints" / "last" / "model.safetensors")
@@ -103,20 +102,17 @@ def trained(shapes_root, tmp_path_factory) -> Path:
     """A run of epochs."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     places = ["--data.root", str(shapes_root), "--data.split", str(shapes_root / "splits" / "6" / "0")]
-    small = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--model.channels", "8", "--optim.batch_size", "2"]
+    small = ["--data.crop_size", "[32,32]", "--data.workers", "0", *SMALL_MODEL, "--optim.batch_size", "2"]
     config = ["--config", str(ROOT / "cpcl" / "configs" / "demo.json"), "--run.threads", "1"]
     main([*config, *places, *small, *EPOCHS, "--run.dir", str(folder)])
     return folder
 
 
 def evaluated(folder: Path, *arguments: str, status: int = 0) -> str:
-    """What the command line prints, run in `folder`."""
-    command = [sys.executable, str(ROOT / "cpcl" / "eval.py"), *arguments, "-d", "cpu"]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "", "COLUMNS": "150"}
-    process = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
-    assert process.returncode == status, process.stdout + process.stderr
-    assert "Traceback" not in process.stderr
-    return process.stdout if status == 0 else process.stderr
+    """Output, or with another status the errors, of the evaluation run in `folder`."""
+    ended = run_python([str(ROOT / "cpcl" / "eval.py"), *arguments, "-d", "cpu"], folder)
+    assert ended.status == status, ended.out + ended.err
+    return ended.out if status == 0 else ended.err
 
 
 def scores(run: Path, name: str) -> dict:
@@ -145,7 +141,7 @@ def test_one_epoch(trained, shapes_root, tmp_path):
     assert content["pixel_accuracy"] == pytest.approx(right / labeled, rel=1e-12)  # what is written is what was scored
 
 
-def test_a_range_in_order_with_missing_ends_and_the_best_marked(trained, tmp_path):
+def test_a_range_in_order_with_missing_ends_and_the_best_marked(curves, trained, tmp_path):
     output = evaluated(tmp_path, str(trained), "-e", "1-5")
     assert "there is no checkpoint of epoch 1" in output
     content = scores(trained, "1-5")

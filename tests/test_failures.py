@@ -82,7 +82,7 @@ def test_scaled_gradients_train_as_unscaled_ones_do(tiny, tmp_path):
 STOPPABLE = ["--run.steps", "3", "--run.eval_every", "2", "--run.save_every", "3"]
 
 
-@every_script
+@pytest.mark.parametrize("script", [*FEW, "memory_bank/train.py"])
 def test_a_stop_in_an_evaluation_waits_for_neither_its_end_nor_loses_it(script, tiny, tmp_path):
     stopped, whole = (tiny(script, *STOPPABLE, "--run.dir", str(tmp_path / name)) for name in ("stopped", "whole"))
     child = start(script, stopped, tmp_path / "log", stop_in_evaluation)
@@ -115,10 +115,8 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, capsys):
 
 
 @pytest.fixture
-def data(shapes_root, tiny, tmp_path):
+def data(shapes_root, tmp_path):
     """A copy of the data that may be harmed, and the arguments that name it."""
-    start("supervised/train.py", tiny("supervised/train.py", "--run.steps", "1"), tmp_path / "log").finish()
-    shutil.rmtree(tmp_path / "run")
     root = tmp_path / "data"
     shutil.copytree(shapes_root, root)
     split = root / "splits" / "6" / "0"

@@ -1,4 +1,4 @@
-"""Killed anywhere, continued anywhere: a share of the table that `make stress` draws in full."""
+"""Runs killed anywhere and continued: a share of the table that `make stress` draws in full, with every script."""
 
 import os
 import signal
@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 
 from common.evaluation import evaluate as evaluation
-from tests.conftest import SCRIPTS
 from tests.helpers.kill_runs import LENGTH, draw_points, kill_and_continue, run_whole
 from tests.helpers.subprocess_runs import Child, start, start_two
 
-every_script = pytest.mark.parametrize("script", SCRIPTS)
+SCRIPT = "supervised/train.py"
+# A bank, and networks that restart from the best.
+WITH_STATE = ("cac_cps/train.py", "memory_bank/train.py")
 
 
-@every_script
+@pytest.mark.parametrize("script", WITH_STATE)
 def test_killed_and_continued_ends_with_the_same_bits(script, tiny, tmp_path):
     whole = run_whole(script, tiny, tmp_path)
     for point in draw_points(whole, saving=1, writing=0, step=1, seed=1):
         kill_and_continue(script, tiny, whole, point, tmp_path)
 
 
-@every_script
+@pytest.mark.parametrize("script", WITH_STATE[:1])
 def test_a_process_that_dies_ends_the_other_and_both_continue(script, tiny, tmp_path):
     whole = run_whole(script, tiny, tmp_path, processes=2)
     (point,) = draw_points(whole, saving=0, writing=0, step=1, seed=1)
@@ -43,7 +44,7 @@ def slow_evaluation() -> None:
 
 
 def test_a_second_interrupt_stops_at_once(tiny, tmp_path):
-    child = start("supervised/train.py", tiny("supervised/train.py", *LENGTH), tmp_path / "log", slow_evaluation)
+    child = start(SCRIPT, tiny(SCRIPT, *LENGTH), tmp_path / "log", slow_evaluation)
     wait_for(child.log, WAITING, child)
     os.kill(child.process.pid, signal.SIGINT)
     time.sleep(2.2)
@@ -55,8 +56,8 @@ def test_a_second_interrupt_stops_at_once(tiny, tmp_path):
 
 
 def test_a_process_that_does_not_answer_ends_the_other(tiny, tmp_path):
-    arguments = tiny("supervised/train.py", *LENGTH, "--optim.batch_size", "4", "--run.timeout", "5")
-    stuck, other = start_two("supervised/train.py", arguments, tmp_path / "log", (slow_evaluation, None))
+    arguments = tiny(SCRIPT, *LENGTH, "--optim.batch_size", "4", "--run.timeout", "5")
+    stuck, other = start_two(SCRIPT, arguments, tmp_path / "log", (slow_evaluation, None))
     try:
         wait_for(stuck.log, WAITING, stuck)
         assert other.status() == 1

@@ -13,6 +13,8 @@ import pytest
 from tests.conftest import ROOT
 
 SCRIPT = "supervised/train.py"
+# The narrow backbone is only in processes of these tests.
+OWN_PROCESS = ["--model.backbone", "resnet18"]
 # Starts the tasks of a job here; the first time it asks them to stop once the log has a step, as a pre-emption does.
 SRUN = """
 import os, signal, subprocess, sys, time
@@ -54,7 +56,7 @@ def launchers(kind: str, port: int) -> list[list[str]]:
 def test_two_launchers_are_one_run(kind, tiny, tmp_path, request):
     if kind == "torchrun" and not request.config.getoption("--every-script"):
         pytest.skip("eight seconds more: a test of `make stress`")
-    arguments = tiny(SCRIPT, "--run.steps", "2", "--optim.batch_size", "4", "--run.device", "cpu")
+    arguments = tiny(SCRIPT, *OWN_PROCESS, "--run.steps", "2", "--optim.batch_size", "4", "--run.device", "cpu")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     commands = [[*start, SCRIPT, *arguments] for start in launchers(kind, free_port())]
     logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
@@ -85,7 +87,7 @@ def test_a_slurm_job_is_queued_again_and_goes_on(tiny, tmp_path):
         | slurm
         | {"PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     )
-    job = ["bash", "docs/slurm.sh", SCRIPT, *tiny(SCRIPT, "--run.steps", "12", "--optim.batch_size", "4")]
+    job = ["bash", "docs/slurm.sh", SCRIPT, *tiny(SCRIPT, *OWN_PROCESS, "--run.steps", "12", "--optim.batch_size", "4")]
     job += ["--run.device", "cpu", "--run.eval_every", "12", "--run.save_every", "12"]
     first = subprocess.run(job, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert first.returncode == 143, first.stdout + first.stderr

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -19,13 +18,12 @@ from common.datasets.shapes import make_shapes
 from common.datasets.voc import VOC
 from common.splits.split import Split, write_split
 from tests.conftest import SCRIPTS, method_flags
+from tests.helpers.commands import SMALL_MODEL, run_python, without_launcher
 
 ROOT = Path(__file__).parent.parent
 # The commands of docs/your_data.md go together: test_your_data.py runs them.
 PAGES = sorted({ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")} - {ROOT / "docs/your_data.md"})
-LAUNCHER = re.compile(r"^(accelerate launch|torchrun|python)( --\S+( [\w.]+)?)*? (?=\S+\.py|-m )")
 SMALL_DATA = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--data.allow_overlap", "true"]
-SMALL_MODEL = ["--model.backbone", "resnet18", "--model.channels", "8", "--model.pretrained", "false"]
 SMALL_RUN = ["--optim.batch_size", "2", "--run.steps", "2", "--run.eval_every", "2", "--run.threads", "1"]
 
 
@@ -64,25 +62,11 @@ def project(tmp_path_factory) -> Path:
     return folder
 
 
-def run_here(arguments: list[str], folder: Path, monkeypatch) -> None:
-    """Run a script (`x.py ...`) or module (`-m x ...`) as `python` would, in `folder`."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    is_module = arguments[0] == "-m"
-    monkeypatch.setattr(sys, "argv", arguments[is_module:])
-    try:
-        if is_module:
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit as stop:
-        assert not stop.code
-
-
-def without_launcher(command: str) -> list[str]:
-    match = LAUNCHER.match(command)
-    assert match, f"no launcher in: {command}"
-    return shlex.split(command[match.end() :])
+def run_here(arguments: list[str], folder: Path) -> str:
+    """Output of a command that ends well, run in `folder`."""
+    ended = run_python(arguments, folder)
+    assert ended.status == 0, ended.err
+    return ended.out
 
 
 def shortened(arguments: list[str]) -> list[str]:
@@ -101,7 +85,7 @@ def shortened(arguments: list[str]) -> list[str]:
     return arguments + small
 
 
-def make_split_for(arguments: list[str], folder: Path, monkeypatch) -> None:
+def make_split_for(arguments: list[str], folder: Path) -> None:
     """Make the split that a paper's config on real data names, with the command that its absence would name."""
     data = json.loads((ROOT / arguments[arguments.index("--config") + 1]).read_text())["data"]
     named = arguments[arguments.index("--data.split") + 1] if "--data.split" in arguments else data.get("split")
@@ -110,7 +94,7 @@ def make_split_for(arguments: list[str], folder: Path, monkeypatch) -> None:
     split = Path(named)
     if data["dataset"] != "shapes" and split.parts[-2].isdigit() and not (folder / split).exists():
         flags = f"--data-root {data['root']} --labels {split.parts[-2]} --seed {split.name} --out {split.parents[1]}"
-        run_here(shlex.split(f"splits/make.py --dataset {data['dataset']} {flags}"), folder, monkeypatch)
+        run_here(shlex.split(f"splits/make.py --dataset {data['dataset']} {flags}"), folder)
 
 
 def write_cac_lists(folder: Path) -> None:
@@ -180,7 +164,7 @@ def write_published(folder: Path) -> None:
     order.write_bytes(pickle.dumps(np.arange(700)))
 
 
-def make_run_for(arguments: list[str], folder: Path, monkeypatch) -> None:
+def make_run_for(arguments: list[str], folder: Path) -> None:
     predicts = arguments[:2] == ["-m", "common.predict"]
     draws = arguments[0] == "benchmarks/pictures.py" and len(arguments) > 1
     paper = arguments[2 if predicts else 1].split("/")[1] if predicts or draws else arguments[0].split("/")[0]
@@ -201,7 +185,7 @@ def make_run_for(arguments: list[str], folder: Path, monkeypatch) -> None:
             length += ["--run.snapshot_every", "30", "--run.snapshot_from", "31"]
         script = "train_semiseg.py" if paper == "cac_cps" else "train.py"
         arguments = shortened([f"{paper}/{script}", "--config", f"{paper}/configs/demo.json"]) + length
-        run_here(arguments, folder, monkeypatch)
+        run_here(arguments, folder)
 
 
 def test_there_are_commands():
@@ -209,20 +193,19 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith(OTHERS)])
-def test_command(command, project, monkeypatch, capsys):
+def test_command(command, project, monkeypatch):
     arguments = without_launcher(command)
     if arguments[0] in SCRIPTS:
-        make_split_for(arguments, project, monkeypatch)
+        make_split_for(arguments, project)
         shutil.rmtree(project / "runs", ignore_errors=True)
-    make_run_for(arguments, project, monkeypatch)
+    make_run_for(arguments, project)
     if arguments[0].endswith("accuracy.py") and "--show" not in arguments:
         arguments.append("--show")  # running a table takes an hour
     if arguments[0] == "splits/adopt.py":  # lists of the small data differ from those published under their names
         monkeypatch.setattr("common.splits.published.record", lambda: {"lists": [], "splits": []})
         if "--out" in arguments:  # a split made for a config of the same name
             shutil.rmtree(project / arguments[arguments.index("--out") + 1], ignore_errors=True)
-    run_here(shortened(arguments), project, monkeypatch)
-    assert capsys.readouterr().out.strip()
+    assert run_here(shortened(arguments), project).strip()
 
 
 def test_the_exported_network_is_loaded_as_the_page_says(project, monkeypatch, capsys):
@@ -230,7 +213,7 @@ def test_the_exported_network_is_loaded_as_the_page_says(project, monkeypatch, c
     (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     (command,) = (command for command in COMMANDS if "--export" in command)
     if not (project / "seen" / "prcl.pt2").exists():
-        test_command(command, project, monkeypatch, capsys)
+        test_command(command, project, monkeypatch)
     monkeypatch.chdir(project)
     exec(code, {})
     assert "'background'" in capsys.readouterr().out
@@ -243,7 +226,7 @@ def test_make_target_exists(command):
 
 def test_the_demo_is_launched_by_accelerate(tiny, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    arguments = tiny("prcl/train.py", "--run.steps", "2")
+    arguments = tiny("prcl/train.py", "--run.steps", "2", "--model.backbone", "resnet18")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*launcher, "prcl/train.py", *arguments], check=True, cwd=ROOT, env=environment, capture_output=True)
     assert (tmp_path / "run" / "checkpoints" / "last").exists()

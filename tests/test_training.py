@@ -1,37 +1,22 @@
 """Whole runs of every paper's train.py on small built-in data: what they leave behind, continue and refuse."""
 
-import importlib
 import json
 import math
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import SCRIPTS, module_of
+from tests.conftest import SCRIPTS
+from tests.helpers.commands import refused, train
 from tests.helpers.kill_runs import assert_same_run, everything, metrics, same
+from tests.helpers.subprocess_runs import start
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
-
-
-def train(script: str, arguments: list[str]) -> None:
-    importlib.import_module(module_of(script)).main(arguments)
-
-
-def spawn(script: str, arguments: list[str], **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, script, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
 
 
 @every_script
@@ -80,11 +65,11 @@ def test_a_run_stopped_by_a_signal_continues_to_the_same_bits(script, tiny, tmp_
     whole = tiny(script, "--run.dir", str(tmp_path / "whole"), "--run.steps", "8")
     stopped = tiny(script, "--run.dir", str(tmp_path / "stopped"), "--run.steps", "8", "--run.save_every", "8")
     whole += ["--run.save_every", "8"]
-    process = spawn(script, [*stopped, "--data.workers", "1"], start_new_session=True)
+    child = start(script, [*stopped, "--data.workers", "1"], tmp_path / "log", os.setsid)
     wait_for(tmp_path / "stopped" / "metrics.jsonl", '"step": 2')
-    os.killpg(process.pid, signal.SIGTERM)  # as a terminal or a cluster does: the loader's workers get it too
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
+    os.killpg(child.process.pid, signal.SIGTERM)  # as a terminal or a cluster does: the loader's workers get it too
+    status, output = child.status(), child.log.read_text()
+    assert status == 128 + signal.SIGTERM, output
     assert "stopped after step" in output
     assert "Traceback" not in output
     assert 2 <= metrics(tmp_path / "stopped")[-1]["step"] < 8
@@ -118,9 +103,9 @@ def limit_file_size() -> None:
 
 
 def test_a_full_disk_costs_checkpoints_but_does_not_stop_the_run(tiny, tmp_path):
-    process = spawn("supervised/train.py", tiny("supervised/train.py"), preexec_fn=limit_file_size)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2, output
+    child = start("supervised/train.py", tiny("supervised/train.py"), tmp_path / "log", limit_file_size)
+    status, output = child.status(), child.log.read_text()
+    assert status == 2, output
     assert "warning: no checkpoint of step 2" in output
     assert "error: no checkpoint of the last step, 6, could be written" in output
     assert "Traceback" not in output
@@ -156,16 +141,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny, capsys):
     assert "non-finite loss, gradient" in message and "2 consecutive bad steps" in message
 
 
-def refused(script: str, arguments: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as stop:
-        train(script, arguments)
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert len(message.splitlines()) <= 2
-    return message
-
-
 def test_a_folder_of_another_config_or_script_is_refused_and_left_alone(tiny, tmp_path, capsys):
     train("supervised/train.py", tiny("supervised/train.py"))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -186,7 +161,7 @@ def test_a_folder_of_another_config_or_script_is_refused_and_left_alone(tiny, tm
         (["--model.num_classes", "5"], "model.num_classes is 5"),
         (["--model.backbone", "resnet19"], "resnet19"),
         (["--model.pretrained", "nowhere.pth"], "nowhere.pth"),
-        (["--model.pretrained", "resnet50.a1_in1k"], "not of model.backbone resnet18"),
+        (["--model.pretrained", "resnet50.a1_in1k"], "not of model.backbone resnet"),
         (["--method.fully_labeled", "maybe"], "method.fully_labeled"),
         (["--data.scale_range", "[2, 1]"], "data.scale_range"),
         (["--run.dir", "/proc/nowhere"], "cannot be written"),

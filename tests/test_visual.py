@@ -100,8 +100,7 @@ def write_log(path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 30, "lo')
 
 
-def test_curve_is_drawn_from_a_log_that_is_being_written(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_curve_is_drawn_from_a_log_that_is_being_written(curves, tmp_path):
     write_log(tmp_path / "metrics.jsonl")
     curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
     assert Image.open(tmp_path / "curve.png").width > 500
@@ -115,7 +114,6 @@ def test_curve_without_matplotlib_prints_the_package_and_continues(tmp_path, mon
     assert not (tmp_path / "curve.png").exists()
 
 
-def test_curve_of_a_missing_log_is_a_user_error(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_curve_of_a_missing_log_is_a_user_error(curves, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         curve(tmp_path / "none.jsonl", tmp_path / "curve.png")

@@ -19,7 +19,7 @@ from common.splits.split import read_split
 from splits.make import main as make
 from supervised.train import main as train
 from tests.conftest import SCRIPTS, module_of
-from tests.test_readme import SMALL_MODEL, run_here, without_launcher
+from tests.helpers.commands import SMALL_MODEL, run_python, without_launcher
 
 PAGE = (Path(__file__).parent.parent / "docs" / "your_data.md").read_text()
 BLOCKS = dict(re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
@@ -58,8 +58,9 @@ def draw(folder: Path, kind: str = "rgb", masks: int = 12) -> Path:
     return mine
 
 
-def test_the_three_commands_end_in_scores(tmp_path, monkeypatch, capsys):
+def test_the_three_commands_end_in_scores(tmp_path):
     draw(tmp_path)
+    text = ""
     for paper in ("prcl", "splits"):
         (tmp_path / paper).symlink_to(Path(__file__).parent.parent / paper)
     assert len(COMMANDS) == 3
@@ -67,8 +68,9 @@ def test_the_three_commands_end_in_scores(tmp_path, monkeypatch, capsys):
         arguments = without_launcher(command)
         if arguments[0] == "prcl/train.py":
             arguments += [*SHORT, *SMALL_MODEL, "--run.steps", "3", "--method.num_queries", "8"]
-        run_here(arguments, tmp_path, monkeypatch)
-    text = capsys.readouterr().out
+        ended = run_python(arguments, tmp_path)
+        assert ended.status == 0, ended.err
+        text += ended.out
     assert "12 images have a label; 8 have none" in text
     assert "8 labeled, 9 unlabeled, 3 for validation" in text
     assert "mIoU" in text and "grass" in text

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own that start at once, forked from one that has everything imported already."""
+"""Processes that start at once: forked from a server that has imported torch and every training script already."""
 
 import importlib
 import os
@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,15 +21,15 @@ STEP = (*ENGINE, "common/evaluation/evaluate.py", *SCRIPTS)
 SECONDS = 120
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload([*map(module_of, SCRIPTS), "tests.helpers.subprocess_runs"])
+_context.set_forkserver_preload([*map(module_of, SCRIPTS), "tests.helpers.narrow", "tests.helpers.subprocess_runs"])
 
-# Called in the child before the script; what it returns is called after it.
+# Called in the child before the script; the function that it returns is called after it.
 Before = Callable[[], Callable[[], None] | None]
 
 
 @dataclass
 class Child:
-    """A run in a process; `log` holds what it printed."""
+    """A process and the file that holds its output."""
 
     process: BaseProcess
     log: Path
@@ -42,25 +43,41 @@ class Child:
         return self.process.exitcode
 
     def finish(self) -> str:
-        """What it printed, after it has ended well."""
+        """Output of the process, which must end with status 0."""
         assert self.status() == 0, self.log.read_text()
         return self.log.read_text()
 
 
 def start(script: str, arguments: list[str], log: Path, before: Before | None = None) -> Child:
     """Start `script` with `arguments` in a process of its own."""
-    return _start(script, arguments, log, before, {})
+    return _fork(partial(run_script, script, arguments, before), log, {})
 
 
-def start_two(script: str, arguments: list[str], log: Path, before: tuple[Before | None, Before | None]) -> list[Child]:
-    """Start both processes of one run, as a launcher does. Nobody watches over them."""
+def start_two(
+    script: str, arguments: list[str], log: Path, before: tuple[Before | None, Before | None] = (None, None)
+) -> list[Child]:
+    """Start both processes of one run, as a launcher does, but without a watch over them."""
+    return call_in_two([partial(run_script, script, arguments, before[rank]) for rank in (0, 1)], log)
+
+
+def call_in_two(functions: list[Callable[[], None]], log: Path) -> list[Child]:
+    """Call one function in each of two processes that find each other as those of one run do."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [
-        _start(script, arguments, log.with_suffix(f".{rank}"), before[rank], shared | _rank(rank)) for rank in (0, 1)
+        _fork(function, log.with_suffix(f".{rank}"), shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, function in enumerate(functions)
     ]
+
+
+def run_script(script: str, arguments: list[str], before: Before | None) -> None:
+    """Run `script` in this process."""
+    after = before() if before else None
+    importlib.import_module(module_of(script)).main(arguments)
+    if after:
+        after()
 
 
 def kill_at_line(files: tuple[str, ...], number: int) -> None:
@@ -105,22 +122,16 @@ def _trace(files: tuple[str, ...], reached: Callable[[int], None]) -> None:
     sys.settrace(lambda frame, event, argument: line if frame.f_code.co_filename.endswith(files) else None)
 
 
-def _rank(rank: int) -> dict[str, str]:
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-
-
-def _start(script: str, arguments: list[str], log: Path, before: Before | None, environment: dict[str, str]) -> Child:
-    process = _context.Process(target=_run, args=(script, arguments, log, before, environment))
+def _fork(function: Callable[[], None], log: Path, environment: dict[str, str]) -> Child:
+    process = _context.Process(target=_call, args=(function, log, environment))
     process.start()
     return Child(process, log)
 
 
-def _run(script: str, arguments: list[str], log: Path, before: Before | None, environment: dict[str, str]) -> None:
+def _call(function: Callable[[], None], log: Path, environment: dict[str, str]) -> None:
     with log.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    after = before() if before else None
-    importlib.import_module(module_of(script)).main(arguments)
-    if after:
-        after()
+    sys.modules["matplotlib.figure"] = None  # curves take longer than the runs
+    function()
