@@ -24,14 +24,13 @@ demo: setup
 	$(BIN)/python prcl/eval.py $(DEMO) -s
 	@echo "Pictures: $(DEMO)/pictures (panels and curve of the training), $(DEMO)/eval/pictures (every validation image)"
 
-# One process per test file: the commands of the READMEs share the runs that earlier ones made.
 test: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# Every kill point and every mutated file of every training script, with a table: ten minutes per two scripts on two cores, and more.
+# Every training script where `make test` runs a few, with tables of all kill points and mutated files.
 stress: setup
-	$(BIN)/python -m pytest tests/stress
-	$(BIN)/python -m pytest --every-script tests/test_launch.py tests/test_failures.py tests/test_processes.py tests/test_training.py
+	$(BIN)/python -m pytest --every-script tests/stress tests/test_launch.py tests/test_failures.py \
+		tests/test_processes.py tests/test_training.py
 
 lint: setup
 	$(BIN)/ruff check .

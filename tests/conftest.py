@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from common.config.sections import DataConfig
@@ -16,6 +17,9 @@ from common.splits.split import split_of
 from tests.helpers.narrow import NARROW
 
 ROOT = Path(__file__).parent.parent
+# Test processes share the machine; one thread each also makes sums the same everywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,11 @@ def shapes_root(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def tiny(shapes_root, tmp_path):
-    """Arguments of a training script for a run of seconds: `tiny("prcl/train.py", "--run.steps", "4")`."""
-    # Two test processes may share the machine; one thread each also makes sums the same everywhere.
-    os.environ["OMP_NUM_THREADS"] = "1"
+@pytest.fixture(scope="session")
+def small_run(shapes_root):
+    """Arguments of a training script for a run of seconds: `small_run("prcl/train.py", folder, "--run.steps", "4")`."""
 
-    def arguments(script: str, *more: str) -> list[str]:
+    def arguments(script: str, folder: Path, *more: str) -> list[str]:
         small = {
             "data.root": shapes_root,
             "data.split": shapes_root / "splits" / "6" / "0",
@@ -142,7 +144,7 @@ def tiny(shapes_root, tmp_path):
             "model.backbone": NARROW,
             "model.channels": 8,
             "optim.batch_size": 2,
-            "run.dir": tmp_path / "run",
+            "run.dir": folder,
             "run.steps": 6,
             "run.eval_every": 3,
             "run.save_every": 2,
@@ -154,3 +156,9 @@ def tiny(shapes_root, tmp_path):
         return ["--config", str(config), *flags(small), *method_flags(SCRIPTS[script].method), *more]
 
     return arguments
+
+
+@pytest.fixture
+def tiny(small_run, tmp_path):
+    """Arguments of a run of seconds in `tmp_path`/run: `tiny("prcl/train.py", "--run.steps", "4")`."""
+    return lambda script, *more: small_run(script, tmp_path / "run", *more)

@@ -144,7 +144,7 @@ def test_no_image_is_resized_to_nothing():
 
 def test_a_run_that_ends_before_its_first_contrast_says_so():
     config, said = load_config(Config, "cac_cps/configs/demo.json"), []
-    run = SimpleNamespace(total=30, log=SimpleNamespace(say=said.append))
+    run = SimpleNamespace(total=30, log=SimpleNamespace(print=said.append))
     config.run.steps, config.run.epochs = None, 3
     assert first_contrastive_step(config, run) >= 30 and "epoch_start_unsup 5, epochs 3" in said[0]
     config.run.epochs = 30

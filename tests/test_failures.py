@@ -82,15 +82,14 @@ def test_scaled_gradients_train_as_unscaled_ones_do(tiny, tmp_path):
 STOPPABLE = ["--run.steps", "3", "--run.eval_every", "2", "--run.save_every", "3"]
 
 
-@pytest.mark.parametrize("script", [*FEW, "memory_bank/train.py"])
-def test_a_stop_in_an_evaluation_waits_for_neither_its_end_nor_loses_it(script, tiny, tmp_path):
-    stopped, whole = (tiny(script, *STOPPABLE, "--run.dir", str(tmp_path / name)) for name in ("stopped", "whole"))
-    child = start(script, stopped, tmp_path / "log", stop_in_evaluation)
+def test_a_stop_in_an_evaluation_waits_for_neither_its_end_nor_loses_it(some_script, tiny, tmp_path):
+    stopped, whole = (tiny(some_script, *STOPPABLE, "--run.dir", str(tmp_path / name)) for name in ("stopped", "whole"))
+    child = start(some_script, stopped, tmp_path / "log", stop_in_evaluation)
     assert child.status() == 128 + signal.SIGTERM
     assert "stopped after step 2 of 3" in child.log.read_text()
     assert not [line for line in metrics(tmp_path / "stopped") if "valid/miou" in line]
     for arguments in (stopped, whole):
-        start(script, arguments, tmp_path / "log").finish()
+        start(some_script, arguments, tmp_path / "log").finish()
     assert [line["step"] for line in metrics(tmp_path / "stopped") if "valid/miou" in line] == [2, 3]
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
