@@ -10,11 +10,11 @@ from common.datasets.reader import Reader
 from common.errors import UserError
 from common.images import normalize
 from common.loaders import Batch, TrainingImages, Transform
-from common.losses import cross_entropy, ohem_cross_entropy
+from common.losses import OHEM, supervised_loss
 from common.optim import build_optimizer, decay_groups
 from common.seeding import generators
 
-OHEM_THRESHOLD, OHEM_PIXELS = 0.7, 50_000  # of original CPS on Cityscapes; pixels an image
+CPS_OHEM = OHEM(threshold=0.7, min_kept=50_000)  # original CPS on Cityscapes
 
 
 def single_crop(config: Config) -> Transform:
@@ -58,10 +58,8 @@ def augment_labeled(batch: Batch, config: Config) -> Tensor:
 
 
 def labeled_loss(logits: Tensor, label: Tensor, config: Config) -> Tensor:
-    """Cross-entropy [] of a labeled batch, with hard pixels mined where the config says so. Arguments as there."""
-    if not config.method.cps.ohem:
-        return cross_entropy(logits, label)
-    return ohem_cross_entropy(logits, label, OHEM_THRESHOLD, OHEM_PIXELS * len(label))
+    """Cross-entropy of logits [B,C,H,W] with a label [B,H,W], over the hard pixels if `method.cps.ohem` is set."""
+    return supervised_loss(logits, label, CPS_OHEM if config.method.cps.ohem else None)
 
 
 def make_optimizer(config: Config, network: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Normalize images, and copy arrays to the device without waiting for it."""
+"""Normalize images, flatten maps to pixels, and copy arrays to the device without waiting for it."""
 
 from functools import cache
 
@@ -11,26 +11,31 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalize(image: Tensor) -> Tensor:
-    """`image` [...,3,H,W], uint8 or float in [0, 1], less ImageNet's mean, by its standard deviation."""
+    """Subtract ImageNet's mean from `image` [...,3,H,W], uint8 or float in [0, 1]; divide by the standard deviation."""
     mean, std = imagenet_statistics(image.device)
     image = image / 255 if image.dtype == torch.uint8 else image
     return (image - mean) / std
 
 
 def denormalize(image: Tensor) -> Tensor:
-    """The inverse of `normalize`: float in [0, 1], clamped."""
+    """Invert `normalize`: float in [0, 1], clamped."""
     mean, std = imagenet_statistics(image.device)
     return (image * std + mean).clamp_(0, 1)
 
 
 @cache
 def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, float [3,1,1] each. Kept, because every copy to a device waits for it."""
+    """Mean and standard deviation, float [3,1,1] each. Cached, because every copy to a device waits for the device."""
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 
+def flatten_pixels(maps: Tensor) -> Tensor:
+    """[B,D,h,w] -> [B*h*w,D], pixel b*h*w + y*w + x; a view if the maps are stored pixel by pixel."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy that does not wait for the device, which only page-locked memory allows."""
+    """Copy `array` to `device` without waiting for the device, which requires page-locked memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()

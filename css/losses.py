@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import IGNORE
-from common.losses import upsample
+from common.images import flatten_pixels
+from common.losses import label_and_confidence, upsample
 
 # Elements of the [anchors, negatives, dimensions] block that is scored at once: it stays in a CPU's cache; a GPU wants
 # more to do at a time.
@@ -50,7 +51,7 @@ class Prototypes(nn.Module):
             present: bool [C], the classes that any process has a pixel of; the others stay as they are.
         """
         one_hot = (label.flatten() == torch.arange(len(self.mean), device=label.device)[:, None]).float()
-        sums = torch.cat([one_hot @ _rows(representation.float()), one_hot.sum(1, keepdim=True)], dim=1)
+        sums = torch.cat([one_hot @ flatten_pixels(representation.float()), one_hot.sum(1, keepdim=True)], dim=1)
         total, count = reduce(sums).split([self.mean.shape[1], 1], dim=1)
         mean = total / count.clamp(min=1)
         # A representation that overflowed in half precision must not stay in the memory for good.
@@ -210,7 +211,7 @@ def sample(
     classes = present.nonzero().squeeze(1) if label.device.type == "cpu" else everywhere
     n = len(classes)
     pixels = label.flatten()
-    own = _rows(indicator).gather(1, pixels.clamp(max=indicator.shape[1] - 1)[:, None]).squeeze(1)
+    own = flatten_pixels(indicator).gather(1, pixels.clamp(max=indicator.shape[1] - 1)[:, None]).squeeze(1)
     order, start, count = _group(pixels, classes)
     hard_order, hard_start, hard_count = _group(pixels.masked_fill(own >= strong_threshold, IGNORE), classes)
     chance = negative_class_probability(prototypes[classes], count > 0, temp)
@@ -234,7 +235,7 @@ def contrastive_loss(representation: Tensor, prototypes: Tensor, samples: Sample
         prototypes: [C,D].
         samples: From `sample`.
     """
-    rows = _rows(representation.float())
+    rows = flatten_pixels(representation.float())
     n, queries, negatives = samples.negatives.shape
     losses = _AnchorLoss.apply(
         F.normalize(rows[samples.anchors.clamp(min=0).flatten()], dim=1),
@@ -285,13 +286,7 @@ def _score_block(anchors: Tensor, prototypes: Tensor, others: Tensor, temp: floa
 
 def _decide(scores: Tensor, size: tuple[int, int], align_corners: bool) -> tuple[Tensor, Tensor]:
     """Class int64 [B,H,W] and its softmax [B,H,W] of scores [B,C,h,w]; the first class where several are equal."""
-    confidence, label = upsample(scores, size, align_corners).softmax(1).max(1)
-    return label, confidence
-
-
-def _rows(maps: Tensor) -> Tensor:
-    """[B,D,h,w] -> [B*h*w,D]."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+    return label_and_confidence(upsample(scores, size, align_corners))
 
 
 def _group(pixels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

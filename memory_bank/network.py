@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from common import IGNORE
 from common.config.sections import ModelConfig
 from common.evaluation.inference import evaluation_mode
-from common.losses import upsample
+from common.images import flatten_pixels
+from common.losses import label_and_confidence, upsample
 from common.models import build_network
 from memory_bank.bank import correct_and_confident, nearest_labels
 from memory_bank.config import Config
-from memory_bank.heads import Heads, rows_of
+from memory_bank.heads import Heads
 from memory_bank.processes import summed
 
 
@@ -64,8 +65,7 @@ def pseudo_labels(
     """Class [B,H,W] and its probability [B,H,W] for normalized images, in the mode the network is in."""
     with autocast():
         logits = network.segmenter(image)
-    confidence, pseudo_label = upsample(logits, size, network.segmenter.align_corners).softmax(1).max(1)
-    return pseudo_label, confidence
+    return label_and_confidence(upsample(logits, size, network.segmenter.align_corners))
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def rows_for_bank(
     enough = summed((classes != IGNORE).sum()) > 1
     classes = torch.where(enough, classes, IGNORE)
     with autocast():
-        rows = network.heads.projection(rows_of(feature), classes != IGNORE)
+        rows = network.heads.projection(flatten_pixels(feature), classes != IGNORE)
     return rows.float(), classes
 
 

@@ -24,10 +24,10 @@ from memory_bank.config import Config, Method, protocol_of
 from memory_bank.losses import (
     ClassBalance,
     contrastive_loss,
+    embeddings_per_image,
     entropy_loss,
     pseudo_label_loss,
     ramp,
-    rows_per_image,
     supervised_loss,
 )
 from memory_bank.network import MemoryBankNetwork, labeler, pseudo_labels, rows_for_bank
@@ -314,5 +314,5 @@ def class_balance(config: Config, split: Split) -> ClassBalance:
 def most_rows(config: Config, split: Split) -> int:
     """Rows of a class that enter the bank at most in one update, over all processes."""
     method, accumulation = config.method, config.optim.accumulation
-    factor = rows_per_image(method.bank_size, len(split.labeled), method.bank_rows_factor)
+    factor = embeddings_per_image(method.bank_size, len(split.labeled), method.bank_rows_factor)
     return config.optim.batch_size // accumulation * factor

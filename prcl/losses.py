@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import IGNORE
+from common.images import flatten_pixels
 
 # Elements of the [anchors, negatives, dimensions] block that is scored at once: it stays in a CPU's cache; a GPU wants
 # more to do at a time.
@@ -97,8 +98,8 @@ def prototypes(
         reduce: Sums a tensor over all processes.
     """
     one_hot = (label.flatten() == torch.arange(num_classes, device=label.device)[:, None]).float()
-    precision = 1.0 / _rows(sigma)
-    sums = torch.cat([precision, precision * _rows(mu), torch.ones_like(precision[:, :1])], dim=1)
+    precision = 1.0 / flatten_pixels(sigma)
+    sums = torch.cat([precision, precision * flatten_pixels(mu), torch.ones_like(precision[:, :1])], dim=1)
     total = reduce(one_hot @ sums)
     total_precision, weighted, count = total.split([mu.shape[1], mu.shape[1], 1], dim=1)
     present = count.squeeze(1) > 0
@@ -155,7 +156,7 @@ def sample(
     candidates = classes.present.nonzero().squeeze(1) if label.device.type == "cpu" else everywhere
     n = len(candidates)
     pixels = label.flatten()
-    own = _rows(probability).gather(1, pixels.clamp(max=probability.shape[1] - 1)[:, None]).squeeze(1)
+    own = flatten_pixels(probability).gather(1, pixels.clamp(max=probability.shape[1] - 1)[:, None]).squeeze(1)
     order, start, count = _group(pixels, candidates)
     hard_order, hard_start, hard_count = _group(pixels.masked_fill(own >= strong_threshold, IGNORE), candidates)
     subset = Prototypes(classes.mu[candidates], classes.sigma[candidates], classes.present[candidates])
@@ -186,7 +187,7 @@ def contrastive_loss(
     nothing = 0.0 * (mu.sum() + sigma.sum())
     if len(samples.classes) < 2:  # known without waiting: it is a shape
         return nothing
-    mu, sigma = _rows(mu.float()), _rows(sigma.float())
+    mu, sigma = flatten_pixels(mu.float()), flatten_pixels(sigma.float())
     n, queries, negatives = samples.negatives.shape
     anchors = samples.anchors.clamp(min=0).flatten()
     proto = samples.classes.repeat_interleave(queries)
@@ -257,11 +258,6 @@ def _score_block(mu: Tensor, sigma: Tensor, other_mu: Tensor, other_sigma: Tenso
 @cache
 def _compiled_score() -> Callable[..., tuple[Tensor, ...]]:
     return torch.compile(_score_block)
-
-
-def _rows(maps: Tensor) -> Tensor:
-    """[B,D,h,w] -> [B*h*w,D]."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
 def _group(pixels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,7 @@ from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConf
 from common.datasets.cityscapes import COLORS, LABEL_ID_TABLE
 from common.datasets.gta5 import class_ids
 from common.evaluation.inference import Protocol, sum_logits
-from common.images import normalize
+from common.images import flatten_pixels, normalize
 from common.losses import upsample
 from common.mean_teacher import make_teacher, update_teacher
 from common.metrics import ConfusionMatrix
@@ -39,22 +39,21 @@ from common.optim import poly
 from common.released.weights import MEMORY_BANK, MEMORY_BANK_HEADS, deeplab_from_memory_bank
 from common.splits.orders import random_order, read_order
 from memory_bank import augment as views
-from memory_bank import config as setting
 from memory_bank.augment import BlackCrop
 from memory_bank.bank import Bank, nearest_labels
 from memory_bank.config import Config, Method
-from memory_bank.heads import Heads, Selectors, rows_of
+from memory_bank.heads import Heads, Selectors
 from memory_bank.losses import (
     ClassBalance,
     contrastive_loss,
+    embeddings_per_image,
     entropy_loss,
     pseudo_label_loss,
     ramp,
-    rows_per_image,
     supervised_loss,
     teacher_decay,
 )
-from memory_bank.network import MemoryBankNetwork, rows_for_bank
+from memory_bank.network import MemoryBankNetwork, labeler, rows_for_bank
 from memory_bank.released import HEADS, MEANS, SELECTORS, STACKED, heads_from_released
 from memory_bank.training import labeled_terms, unlabeled_terms, with_total
 
@@ -142,7 +141,7 @@ def close_bank(bank: Bank, g: Golden, prefix: str, same: dict | None = None) -> 
 
 def most_rows(g: Golden, images: int) -> int:
     factor = VOC_FACTOR if str(g["dataset"]) == "pascal_voc" else 1
-    return images * rows_per_image(int(g["memory_per_class"]), int(g["num_samples"]), factor)
+    return images * embeddings_per_image(int(g["memory_per_class"]), int(g["num_samples"]), factor)
 
 
 def check_feature_memory(path: Path) -> None:
@@ -163,9 +162,9 @@ def check_feature_memory(path: Path) -> None:
             close_bank(bank, g, f"{mode}/step{step}/memory/")
 
 
-def check_rows_per_image(path: Path) -> None:
+def check_embeddings_per_image(path: Path) -> None:
     for is_voc, labeled, want in read(path)["table"].tolist():
-        assert rows_per_image(256, labeled, VOC_FACTOR if is_voc else 1) == want
+        assert embeddings_per_image(256, labeled, VOC_FACTOR if is_voc else 1) == want
 
 
 # ---- losses, class weights, schedules
@@ -578,7 +577,7 @@ def check_network(path: Path) -> None:
     with torch.no_grad():
         feature = segmenter.features(image)
         logits = segmenter.classifier(feature)
-        rows = rows_of(feature)
+        rows = flatten_pixels(feature)
         everything = torch.ones(len(rows), dtype=torch.bool)
         projected = network.heads.projection(rows, everything)
         predicted = network.heads.prediction(projected, everything)
@@ -701,7 +700,7 @@ def check_one_step(g: Golden, want: Golden, step: int) -> None:
     if step > config.method.bank_start:
         # Where the student gives the rows: the statistics of its heads are in ours those after this step's rows, of
         # which the release has not seen any yet.
-        with setting.labeler(student, teacher, config) as network, swapped_buffers(student.heads, before):
+        with labeler(student, teacher, config) as network, swapped_buffers(student.heads, before):
             rows, classes = rows_for_bank(network, labeled, label, config.method.bank_threshold, nullcontext)
         if "mask_correct_confident" in want:
             assert_close((classes != IGNORE).view_as(want["mask_correct_confident"]), want["mask_correct_confident"])
@@ -791,7 +790,7 @@ ADAPTERS: dict[str, Callable[[Path], None]] = {
     "losses": check_losses,
     "metric": check_metric,
     "net_": check_network,
-    "per_class_samples": check_rows_per_image,
+    "per_class_samples": check_embeddings_per_image,
     "photometric": check_photometric,
     "random_split": check_random_split,
     "schedules": check_schedules,
