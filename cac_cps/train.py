@@ -139,7 +139,7 @@ def context_term(
     losses = context_loss(
         tuple(side[cells] for side, cells in zip(embedding, overlap)),
         confidence,
-        tuple(label[cells] for (_, label), cells in zip(found, overlap)),
+        tuple(label[cells] for (label, _), cells in zip(found, overlap)),
         held,
         method.pos_thresh_value,
         method.temp,
