@@ -60,7 +60,7 @@ def draw_photometric(rng: Generator, ranges: PhotometricRanges = PhotometricRang
 
 
 def apply_photometric(image: Tensor, photometric: Photometric) -> Tensor:
-    """Jitter, then blur `image` [3,H,W], uint8 or float in [0, 1]; returns the same type, in a new tensor."""
+    """Jitter, then blur `image` [3,H,W], uint8 or float in [0, 1]; `image` is not changed."""
     if not photometric.jitter and photometric.blur_sigma is None:
         return image
     # uint8 is converted to float, on which color changes are faster and only one rounding is needed.
