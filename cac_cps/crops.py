@@ -1,6 +1,6 @@
-"""Crops for training as CAC cuts them, its pairs of crops with their overlap, and the colors of either.
+"""CAC's training crops: single crops, pairs of overlapping crops, and the color changes of their views.
 
-Draws come from a `numpy.random.Generator`, in the order of the released code.
+Random numbers come from a `numpy.random.Generator`, in the order of the released code.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,17 @@ from common.seeding import generators
 CELL = 8  # pixels of an image per cell of CAC's feature maps, along a side
 TRIALS = 50
 JITTER = PhotometricRanges(1.0, (0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), blur_probability=0.0)
-BLUR_KERNEL, BLUR_SIGMA = 5, 1.1  # what OpenCV takes for a kernel of 5 pixels
+BLUR_KERNEL, BLUR_SIGMA = 5, 1.1  # OpenCV derives the sigma from a kernel of 5 pixels
 
 
 @dataclass(frozen=True)
 class LongerSideCrop:
-    """CAC's crop of a labeled image: the longer side becomes a random length, a crop, and half of them mirrored.
+    """CAC's crop of a labeled image: resize the longer side to a random length, crop, mirror with probability 0.5.
 
     Attributes:
         crop_size: Height and width of the result, pixels.
         base: Length of the longer side at scale 1, pixels.
-        scale_range: Of that length.
+        scale_range: Smallest and largest random factor on that length.
     """
 
     crop_size: tuple[int, int]
@@ -53,10 +53,10 @@ class Pair:
     """Two crops of one resized image whose displacement is a whole number of cells.
 
     Attributes:
-        height, width: Size the image is resized to, pixels.
-        corners: (top, left) of either crop, pixels.
-        overlaps: (top, left, bottom, right) of the common area in either crop, pixels, before any mirroring.
-        flips: Whether either crop is mirrored.
+        height, width: Size to which the image is resized, pixels.
+        corners: (top, left) of each crop, pixels.
+        overlaps: (top, left, bottom, right) of the common area in each crop, pixels, before any mirroring.
+        flips: True for a crop that is mirrored.
     """
 
     height: int
@@ -74,12 +74,12 @@ def draw_pair(
     scale_range: Sequence[float],
     iou_bound: Sequence[float],
 ) -> Pair:
-    """Resize, first crop, second crop, mirrors; without a fitting second crop in 50 trials it is the first one.
+    """Draw size, first crop, second crop and mirroring; if no second crop fits in 50 trials it is the first one.
 
     Args:
         size: (height, width) of the image.
         crop_size: (height, width) of both crops, multiples of `CELL`.
-        base, scale_range: As `LongerSideCrop`.
+        base, scale_range: As for `LongerSideCrop`.
         iou_bound: Smallest and largest intersection over union of the crops.
     """
     height, width = draw_size(rng, size, base, scale_range)
@@ -93,23 +93,23 @@ def draw_pair(
             second = drawn
             break
     flips = (bool(rng.random() < 0.5), bool(rng.random() < 0.5))
-    # Whole cells of the image itself: what was padded shows nothing.
+    # Whole cells of the image itself, without the padding.
     limits = tuple(min(crop, side // CELL * CELL) for crop, side in zip(crop_size, (height, width)))
     overlaps = (_overlap(first, second, crop_size, limits), _overlap(second, first, crop_size, limits))
     return Pair(height, width, (first, second), overlaps, flips)
 
 
 def cut_pair(image: Tensor, pair: Pair, crop_size: Sequence[int]) -> Tensor:
-    """Both crops [2,3,h,w] of `image` uint8 [3,H,W], mirrored where the pair says so."""
+    """Cut both crops [2,3,h,w] of `image` uint8 [3,H,W], mirrored as the pair requires."""
     crops = cut(resize(image, pair.height, pair.width), pair.corners, crop_size)
     return torch.stack([crop.flip(-1) if flipped else crop for crop, flipped in zip(crops, pair.flips)])
 
 
 def overlap_cells(pairs: Sequence[Pair], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the cells that both crops show, in the maps of view 1 and of view 2: int64 [n] each, matched.
+    """Numbers of the cells that both crops show, in the maps of view 1 and of view 2: int64 [n] for the same places.
 
     Args:
-        pairs: Of the batch.
+        pairs: Pairs of the batch.
         height, width: Size of the maps, cells.
     """
     views = []
@@ -120,7 +120,7 @@ def overlap_cells(pairs: Sequence[Pair], height: int, width: int) -> tuple[np.nd
 
 
 def draw_size(rng: Generator, size: Sequence[int], base: int, scale_range: Sequence[float]) -> tuple[int, int]:
-    """(height, width) after the longer side became a random whole length in `scale_range` times `base`."""
+    """Draw (height, width): the longer side gets a random whole length in `scale_range` times `base`."""
     height, width = size
     longer = max(1, int(rng.integers(int(scale_range[0] * base), int(scale_range[1] * base), endpoint=True)))
     other = max(1, int(longer * min(size) / max(size) + 0.5))
@@ -128,7 +128,7 @@ def draw_size(rng: Generator, size: Sequence[int], base: int, scale_range: Seque
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """`image` uint8 [3,H,W] by bicubic interpolation with antialiasing, as Pillow does."""
+    """Resize `image` uint8 [3,H,W] by bicubic interpolation with antialiasing, as Pillow does."""
     # Decoders deliver pixels channel by channel, and in that order uint8 is resized several times faster.
     image = image.unsqueeze(0).contiguous(memory_format=torch.channels_last).squeeze(0)
     return functional.resize(image, [height, width], InterpolationMode.BICUBIC, antialias=True)
@@ -136,7 +136,7 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PairCrop:
-    """`cut_pair` of a random pair, for unlabeled images. Attributes as the arguments of `draw_pair`."""
+    """Cut a random pair of crops from an unlabeled image. Attributes are the arguments of `draw_pair`."""
 
     crop_size: tuple[int, int]
     base: int
@@ -144,7 +144,7 @@ class PairCrop:
     iou_bound: tuple[float, float]
 
     def draw(self, size: Sequence[int], rng: Generator) -> Pair:
-        """A pair of an image of (height, width) `size`."""
+        """Draw a pair for an image of `size` (height, width)."""
         return draw_pair(rng, size, self.crop_size, self.base, self.scale_range, self.iou_bound)
 
     def __call__(self, image: Tensor, label: None, rng: Generator) -> tuple[Tensor, None, Pair]:
@@ -153,7 +153,7 @@ class PairCrop:
 
 
 def augment_views(views: Tensor, positions: Sequence[int], seed: int) -> Tensor:
-    """Blur, colors and gray, drawn for either view of its own: uint8 [B,2,3,H,W] -> normalized."""
+    """Blur, color changes and gray, drawn separately for each view: uint8 [B,2,3,H,W] -> normalized."""
     sides = []
     for number in (1, 2):
         rngs = generators(seed, f"view {number}, on the device", positions)
@@ -162,7 +162,7 @@ def augment_views(views: Tensor, positions: Sequence[int], seed: int) -> Tensor:
 
 
 def _snapped(position: int, origin: int) -> int:
-    """`position` moved so that it is whole cells from `origin`, and not negative."""
+    """Move `position` to a whole number of cells from `origin`, and not below 0."""
     snapped = (position - origin) // CELL * CELL + origin
     return snapped + CELL if snapped < 0 else snapped
 
@@ -176,7 +176,7 @@ def _iou(first: tuple[int, int], second: tuple[int, int], crop_size: Sequence[in
 def _overlap(
     own: tuple[int, int], other: tuple[int, int], crop_size: Sequence[int], limits: Sequence[int]
 ) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of the other crop's area within the own one."""
+    """(top, left, bottom, right) of the other crop's area within this crop."""
     moved = [b - a for a, b in zip(own, other)]
     start = [max(0, move) for move in moved]
     end = [min(crop, crop + move, limit) for crop, move, limit in zip(crop_size, moved, limits)]
@@ -192,7 +192,7 @@ def _cells(pair: Pair, view: int, height: int, width: int) -> np.ndarray:
 
 
 def _changed(image: Tensor, rng: Generator) -> Tensor:
-    """Blur with probability 0.5, colors with 0.8, gray with 0.2: float [3,H,W] in [0,1]."""
+    """Blur with probability 0.5, change colors with 0.8, turn gray with 0.2: float [3,H,W] in [0,1]."""
     blurred, colored, gray = rng.random(3)
     if blurred < 0.5:
         image = functional.gaussian_blur(image, [BLUR_KERNEL, BLUR_KERNEL], [BLUR_SIGMA, BLUR_SIGMA])

@@ -1,6 +1,7 @@
-"""The equations of CAC (Lai et al., CVPR 2021) and CPS (Chen et al., CVPR 2021). In float32, finite whatever is empty.
+"""Equations of CAC (Lai et al., CVPR 2021) and CPS (Chen et al., CVPR 2021), computed in float32.
 
-CAC's maps have a cell for every 8 x 8 pixels; cells of a batch are numbered b*h*w + y*w + x.
+Losses are 0 (with a graph) on empty inputs. CAC's maps have a cell for every 8 x 8 pixels; cells of a batch are
+numbered b*h*w + y*w + x.
 """
 
 import torch
@@ -12,7 +13,7 @@ from common.losses import cross_entropy
 # Elements of the [anchors, bank rows] block that exists at once: it stays in a CPU's cache; a GPU wants more at a time.
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 EPSILON = 1e-8  # caps the loss of an anchor at 18.42, as released
-SAME_CLASS = 1e4  # taken off the score of an anchor with rows of its own class: their exponential becomes 0
+SAME_CLASS = 1e4  # subtracted from the scores of an anchor with rows of its own class, whose exponential becomes 0
 
 
 # ---- CAC
@@ -29,7 +30,7 @@ def directional_loss(
 ) -> Tensor:
     """-log(exp(p) / (exp(p) + sum_j exp(a k_j / temp)) + 1e-8) [n] of each anchor, p = a b / temp (CAC, equation 2).
 
-    The sum is over bank rows of another pseudo-class than the anchor's. Gradients reach the anchors alone.
+    The sum is over bank rows whose pseudo-class is not that of the anchor. Gradients reach the anchors only.
 
     Args:
         anchor, positive: [n,D], of length 1.
@@ -78,11 +79,11 @@ class _NegativeSum(torch.autograd.Function):
 
 @torch.no_grad()
 def directions(confidence: tuple[Tensor, Tensor], threshold: float) -> tuple[Tensor, Tensor]:
-    """Which cells learn, bool [n] for either view: where the other view is more confident, and confident enough.
+    """Select the cells that learn, bool [n] for each view: the other view is more confident, and above the threshold.
 
     Args:
-        confidence: [n] of view 1 and of view 2, for the same places.
-        threshold: What the teaching view's confidence exceeds (`pos_thresh_value`).
+        confidence: Confidence [n] of view 1 and of view 2, at the same places.
+        threshold: Confidence that the teaching view must exceed (`pos_thresh_value`).
     """
     first, second = confidence
     return (second > threshold) & (first < second), (first > threshold) & (second < first)
@@ -98,26 +99,26 @@ def context_loss(
     num_classes: int,
     mean_over_processes=lambda count: count,
 ) -> tuple[Tensor, Tensor]:
-    """The directional contrastive loss of view 1 and of view 2, each the mean over its learning cells (CAC, 3.2).
+    """Directional contrastive losses of view 1 and of view 2, each the mean over its learning cells (CAC, 3.2).
 
-    Anchors that teach, or are not taught, add nothing: they are dropped before the product with the bank, and as no
-    cell learns in both directions, one product with what is left serves both.
+    Cells that do not learn add nothing and are dropped before the product with the bank. As no cell learns in both
+    directions, one product with the others serves both.
 
     Args:
-        embedding: [n,D] of the overlap in view 1 and in view 2, matched, of length 1.
-        confidence, label: [n] each, highest class probability and its class.
+        embedding: Embeddings [n,D] of the overlap in view 1 and in view 2, of length 1, for the same places.
+        confidence, label: [n] for each view, highest class probability and its class.
         bank: Features [M,D] and int64 classes [M].
-        threshold, temp: As `directions` and `directional_loss`.
+        threshold, temp: As for `directions` and `directional_loss`.
         num_classes: Number of classes C.
-        mean_over_processes: Averages a tensor over processes: the mean is over the cells of all of them.
+        mean_over_processes: Function that averages a tensor over processes, so that the mean is over the cells of all.
 
     Returns:
-        Two scalars, 0 with their graph where no cell learns.
+        Two scalars, 0 (with a graph) if no cell learns.
     """
     embedding = tuple(values.float() for values in embedding)
     learns = directions(confidence, threshold)
     counts = mean_over_processes(torch.stack([mask.sum() for mask in learns]).float()).clamp(min=1e-12)
-    # The one synchronization: it saves the product of all anchors that would be weighted with 0.
+    # The only synchronization; it saves the product with all anchors that would get the weight 0.
     first, second = (mask.nonzero().squeeze(1) for mask in learns)
     losses = directional_loss(
         torch.cat([embedding[0][first], embedding[1][second]]),
@@ -136,12 +137,14 @@ def context_loss(
 
 
 def pseudo_label(logits: Tensor) -> Tensor:
-    """The hard label of every pixel: [B,C,H,W] -> int64 [B,H,W]."""
+    """Hard pseudo-label of every pixel: logits [B,C,H,W] -> int64 [B,H,W]."""
     return logits.detach().argmax(1)
 
 
 def cross_pseudo_loss(first: Tensor, second: Tensor, first_label: Tensor, second_label: Tensor) -> Tensor:
-    """Either network learns from what the other says (CPS, equations 2 to 4): no threshold, no pixel left out.
+    """Sum of the losses of two networks that learn from each other's pseudo-labels (CPS, equations 2 to 4).
+
+    There is no threshold: all pixels count.
 
     Args:
         first, second: Logits [B,C,H,W] of network 1 and 2.

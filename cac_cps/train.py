@@ -27,9 +27,9 @@ from common.engine.run import Run
 from common.engine.start import start
 from common.errors import UserError, report_errors
 from common.evaluation.evaluate import evaluate_run
-from common.images import to_device
+from common.images import flatten_pixels, to_device
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import cross_entropy, upsample
+from common.losses import cross_entropy, label_and_confidence, upsample
 from common.models import build_network
 from common.optim import poly, set_lr
 
@@ -130,17 +130,17 @@ def context_term(
         `loss1`, `loss2`, and `confident`: share of cells in the overlap above the threshold.
     """
     method = config.method.cac
-    embedding = [_rows(output[f"embedding{number}"]) for number in (1, 2)]
+    embedding = [flatten_pixels(output[f"embedding{number}"]) for number in (1, 2)]
     with torch.no_grad():
-        found = [_rows(output[f"logits{number}"]).float().softmax(1).max(1) for number in (1, 2)]
+        found = [label_and_confidence(flatten_pixels(output[f"logits{number}"])) for number in (1, 2)]
         rows = torch.cat([side[cells] for side, cells in zip(embedding, selected)]).detach()
-        labels = torch.cat([label[cells] for (_, label), cells in zip(found, selected)])
+        labels = torch.cat([label[cells] for (label, _), cells in zip(found, selected)])
         held = bank.push(run.accelerator.gather(rows), run.accelerator.gather(labels))
-    confidence = tuple(values[cells] for (values, _), cells in zip(found, overlap))
+    confidence = tuple(values[cells] for (_, values), cells in zip(found, overlap))
     losses = context_loss(
         tuple(side[cells] for side, cells in zip(embedding, overlap)),
         confidence,
-        tuple(label[cells] for (_, label), cells in zip(found, overlap)),
+        tuple(label[cells] for (label, _), cells in zip(found, overlap)),
         held,
         method.pos_thresh_value,
         method.temp,
@@ -263,11 +263,6 @@ def train(config: Config, run: Run) -> None:
             score()
         run.save()
     run.finish()
-
-
-def _rows(maps: Tensor) -> Tensor:
-    """[B,D,h,w] -> [B*h*w,D]."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pieces of a training step that the three scripts share: crops, labeled loss, optimizer."""
+"""Parts of training that the three scripts share: crops, augmentation, labeled loss, optimizer."""
 
 import torch
 from torch import Tensor, nn
@@ -10,46 +10,46 @@ from common.datasets.reader import Reader
 from common.errors import UserError
 from common.images import normalize
 from common.loaders import Batch, TrainingImages, Transform
-from common.losses import cross_entropy, ohem_cross_entropy
+from common.losses import OHEM, supervised_loss
 from common.optim import build_optimizer, decay_groups
 from common.seeding import generators
 
-OHEM_THRESHOLD, OHEM_PIXELS = 0.7, 50_000  # of original CPS on Cityscapes; pixels an image
+CPS_OHEM = OHEM(threshold=0.7, min_kept=50_000)  # original CPS on Cityscapes
 
 
 def single_crop(config: Config) -> Transform:
-    """How one crop of an image is cut: labeled images always, unlabeled ones for CPS.
+    """Build the crop of labeled images, and of the unlabeled images of CPS.
 
     Raises:
-        UserError: no scale to choose from.
+        UserError: `method.scales` is empty.
     """
     data, method = config.data, config.method
     if method.base_size is None:
         if not method.scales:
-            raise UserError("method.scales is empty; give one scale or more")
+            raise UserError("method.scales is empty; give at least one scale")
         return ScaleChoiceCrop(data.crop_size, method.scales)
     return LongerSideCrop(data.crop_size, method.base_size, data.scale_range)
 
 
 def pair_crop(config: Config) -> PairCrop:
-    """How CAC cuts unlabeled images; without a `base_size` the longer side at scale 1 is the crop's."""
+    """Build CAC's crop of unlabeled images; without `method.base_size` the longer side at scale 1 is the crop's."""
     data, method = config.data, config.method
     base = method.base_size or max(data.crop_size)
     return PairCrop(data.crop_size, base, method.cac.scale_range, method.cac.iou_bound)
 
 
 def make_labeled_images(reader: Reader, names: list[str], config: Config) -> TrainingImages:
-    """The stream of labeled images."""
+    """Build the stream of labeled images."""
     return TrainingImages(reader, names, single_crop(config), config.run.seed, "labeled", with_label=True)
 
 
 def make_unlabeled_images(reader: Reader, names: list[str], config: Config, stream: str) -> TrainingImages:
-    """A stream of CPS's unlabeled images: one crop each, cut as those of labeled images."""
+    """Build a stream of CPS's unlabeled images: one crop per image, as of labeled images."""
     return TrainingImages(reader, names, single_crop(config), config.run.seed, stream, with_label=False)
 
 
 def augment_labeled(batch: Batch, config: Config) -> Tensor:
-    """What a network sees of a labeled batch: normalized [B,3,H,W], with changed colors where the config says so."""
+    """Normalize the images of a labeled batch, after color jitter if `method.jitter` is set: [B,3,H,W]."""
     if not config.method.jitter:
         return normalize(batch.image)
     # The spelling is part of the seed: runs stay the same.
@@ -58,19 +58,17 @@ def augment_labeled(batch: Batch, config: Config) -> Tensor:
 
 
 def labeled_loss(logits: Tensor, label: Tensor, config: Config) -> Tensor:
-    """Cross-entropy [] of a labeled batch, with hard pixels mined where the config says so. Arguments as there."""
-    if not config.method.cps.ohem:
-        return cross_entropy(logits, label)
-    return ohem_cross_entropy(logits, label, OHEM_THRESHOLD, OHEM_PIXELS * len(label))
+    """Cross-entropy of logits [B,C,H,W] with a label [B,H,W], over the hard pixels if `method.cps.ohem` is set."""
+    return supervised_loss(logits, label, CPS_OHEM if config.method.cps.ohem else None)
 
 
 def make_optimizer(config: Config, network: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:
-    """One optimizer for all that is trained: backbones at a rate of their own, and norms perhaps without decay.
+    """Build one optimizer, with a separate learning rate for backbones and optionally no weight decay for norms.
 
     Args:
-        config: The script's.
-        network: All that is trained.
-        lr: In place of `optim.lr`.
+        config: The script's config.
+        network: Module with all trained parameters.
+        lr: Learning rate that replaces `optim.lr`.
     """
     optim, method, lr = config.optim, config.method, lr or config.optim.lr
     sides: dict[bool, list[nn.Parameter]] = {False: [], True: []}
@@ -85,10 +83,14 @@ def make_optimizer(config: Config, network: nn.Module, lr: float | None = None) 
 
 
 def check_unlabeled(names: list[str], folder: str) -> None:
-    """Make sure there is something to learn from without labels.
+    """Make sure that the unlabeled list is not empty.
+
+    Args:
+        names: Ids of the unlabeled images.
+        folder: Origin of the list, for the message.
 
     Raises:
-        UserError: the unlabeled list is empty.
+        UserError: the list is empty.
     """
     if not names:
-        raise UserError(f"{folder}: the unlabeled list is empty; use supervised/train.py")
+        raise UserError(f"{folder}: the unlabeled list is empty; add images to it, or train with supervised/train.py")

@@ -1,4 +1,6 @@
-"""Normalize images, and copy arrays to the device asynchronously."""
+"""Normalize images, flatten maps to pixels, and copy arrays to the device asynchronously."""
+
+"""Normalize images, flatten maps to pixels, and copy arrays to the device asynchronously."""
 
 from functools import cache
 
@@ -27,6 +29,11 @@ def denormalize(image: Tensor) -> Tensor:
 def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, float [3,1,1] each. Cached, because a copy to the device synchronizes with it."""
     return tuple(torch.tensor(values, device=device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+
+def flatten_pixels(maps: Tensor) -> Tensor:
+    """[B,D,h,w] -> [B*h*w,D], pixel b*h*w + y*w + x; a view if the maps are stored pixel by pixel."""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""The equations of CPCL (Fan et al., IEEE TIP 2023). In float32, finite whatever is empty; nothing waits for a device.
+"""Equations of CPCL (Fan et al., IEEE TIP 2023), computed in float32 and without waiting for a device.
 
-Network 1 is the conservative one, network 2 the progressive one. C classes, labels int64 [B,H,W], confidences [B,H,W].
+Network 1 is the conservative one, network 2 the progressive one. There are C classes; labels are
+int64 [B,H,W], confidences float [B,H,W].
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ EPSILON = 1e-6  # keeps the disagreement of networks that agree everywhere at 0,
 
 
 class Prediction(NamedTuple):
-    """What a network says of every pixel: its class and that class's probability."""
+    """Label and confidence of every pixel, predicted by a network."""
 
     label: Tensor
     confidence: Tensor
@@ -26,7 +27,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Supervision:
-    """What a network learns from unlabeled pixels: a label, 255 where there is none, and its weight in the loss."""
+    """Pseudo-label of unlabeled pixels (255 = none), and its weight in the loss."""
 
     label: Tensor
     weight: Tensor
@@ -34,10 +35,12 @@ class Supervision:
 
 @torch.no_grad()
 def predict_pixels(logits: Tensor) -> Prediction:
-    """Logits [B,C,H,W] to hard labels and confidences."""
+    """Predict hard labels and confidences from logits [B,C,H,W].
+
+    `common.losses.label_and_confidence` gives the same up to rounding; here the map of all probabilities is not stored.
+    """
     logits = logits.float()
     highest, label = logits.max(1)
-    # The largest softmax probability, without the map of all of them.
     return Prediction(label, torch.exp(highest - logits.logsumexp(1)))
 
 
@@ -45,33 +48,33 @@ def predict_pixels(logits: Tensor) -> Prediction:
 def count_pairs(
     first: Tensor, second: Tensor, num_classes: int, reduce: Callable[[Tensor], Tensor] = lambda counts: counts
 ) -> Tensor:
-    """Pixels by the class network 1 says (row) and the class network 2 says (column), and one more on the diagonal.
+    """Count pixels by the labels of network 1 (row) and of network 2 (column), plus one on the diagonal.
 
     Args:
         first, second: Labels of network 1 and 2.
         num_classes: C.
-        reduce: Sums a tensor over processes.
+        reduce: Function that sums a tensor over processes.
 
     Returns:
         int64 [C,C].
     """
     confusion = ConfusionMatrix(num_classes, first.device)
     confusion.update(second, first)
-    # The pixel more keeps a class that nobody predicts from dividing by 0.
+    # The additional pixel prevents a division by 0 for a class that neither network predicts.
     return reduce(confusion.matrix) + torch.eye(num_classes, dtype=torch.int64, device=first.device)
 
 
 @torch.no_grad()
 def disagreement(counts: Tensor) -> Tensor:
-    """The class-wise disagreement indicator, float64 [C]: which share of a class the two networks see differently.
+    """Class-wise disagreement indicator, float64 [C]: share of a class on which the two networks disagree.
 
-    Of either network's pixels of a class, the share that the other one calls something else; the two shares are added,
-    and all classes sum to 1.
+    The share of each network's pixels of a class to which the other network gives another class; the two shares are
+    added, and the sum over all classes is normalized to 1.
 
     Args:
-        counts: Of `count_pairs`.
+        counts: Result of `count_pairs`.
     """
-    # Counts of many images go beyond the integers float32 can tell apart, and ties between classes matter.
+    # Counts of many images exceed the integers that float32 represents exactly, and ties between classes matter.
     counts = counts.double()
     agreed = counts.diagonal()
     by_first, by_second = counts.sum(1), counts.sum(0)
@@ -81,21 +84,21 @@ def disagreement(counts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def intersect(first: Prediction, second: Prediction) -> Supervision:
-    """The conservative network's: the class that both say; where they differ there is none."""
+    """Supervision of the conservative network: the label on which both networks agree, 255 where they differ."""
     label = first.label.masked_fill(first.label != second.label, IGNORE)
     return Supervision(label, _mean_confidence(first, second))
 
 
 @torch.no_grad()
 def unite(first: Prediction, second: Prediction, indicator: Tensor) -> Supervision:
-    """The progressive network's: every pixel has a class. Where the two differ it is the one that is disputed more.
+    """Supervision of the progressive network: a label for every pixel; of two labels, the one with more disagreement.
 
-    Of two classes disputed alike, network 2's. Where both say the same the weight is their mean confidence, elsewhere
-    the confidence of the network that says the class.
+    On a tie it is the label of network 2. The weight is the mean confidence where the networks agree, else the
+    confidence of the network whose label is taken.
 
     Args:
-        first, second: Of network 1 and 2.
-        indicator: [C], of `disagreement`.
+        first, second: Predictions of network 1 and 2.
+        indicator: [C], result of `disagreement`.
     """
     takes_first = indicator[first.label] > indicator[second.label]
     label = torch.where(takes_first, first.label, second.label)
@@ -105,7 +108,7 @@ def unite(first: Prediction, second: Prediction, indicator: Tensor) -> Supervisi
 
 
 def reweighted_loss(logits: Tensor, target: Supervision) -> Tensor:
-    """Cross-entropy of every pixel times its weight, as a mean over all pixels: those without a label count as 0.
+    """Cross-entropy of every pixel times its weight, averaged over all pixels; pixels without a label count as 0.
 
     Args:
         logits: [B,C,H,W].

@@ -26,7 +26,7 @@ from common.evaluation.evaluate import evaluate_run, save_panel
 from common.evaluation.inference import Protocol, sum_logits
 from common.images import normalize
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import cross_entropy, ohem_cross_entropy, upsample
+from common.losses import OHEM, supervised_loss, upsample
 from common.models.two_networks import TwoNetworks, predict_mixture
 from common.optim import build_optimizer, decay_groups, poly, set_lr
 from common.seeding import generators
@@ -96,13 +96,6 @@ def protocol_of(config: Config) -> Protocol:
     return Protocol(crop=tuple(config.data.crop_size))
 
 
-def labeled_loss(logits: Tensor, label: Tensor, method: Method, class_weight: Tensor | None) -> Tensor:
-    """Cross-entropy [] of logits [B,C,H,W] with label [B,H,W], over hard pixels only where `method.ohem` is set."""
-    if not method.ohem:
-        return cross_entropy(logits, label)
-    return ohem_cross_entropy(logits, label, method.ohem_threshold, method.ohem_min_kept * len(label), class_weight)
-
-
 @torch.no_grad()
 def shown_labels(network: TwoNetworks, protocol: Protocol, image: Tensor) -> Mapping[str, Tensor]:
     """Maps [1,H,W] for pictures: agreement of the networks on an image uint8 [1,3,H,W], and both pseudo-labels.
@@ -146,6 +139,7 @@ def train(config: Config, run: Run) -> None:
     wrapped, optimizer = run.prepare(network, build_optimizer(optim, decay_groups(network.parameters())))
     boxes = (method.cutmix_mask_prop_range, method.cutmix_boxmask_n_boxes)
     class_weight = torch.tensor(method.ohem_class_weight, device=run.device) if method.ohem_class_weight else None
+    ohem = OHEM(method.ohem_threshold, method.ohem_min_kept, class_weight) if method.ohem else None
 
     run.resume(model=network.first, extra={"second": network.second}, optimizer=optimizer)
 
@@ -185,8 +179,8 @@ def train(config: Config, run: Run) -> None:
             with record_function("losses"):
                 size, corners = labeled.label.shape[-2:], network.first.align_corners
                 logits = {name: upsample(each, size, corners) for name, each in output.items()}
-                supervised1 = labeled_loss(logits["labeled1"], labeled.label, method, class_weight)
-                supervised2 = labeled_loss(logits["labeled2"], labeled.label, method, class_weight)
+                supervised1 = supervised_loss(logits["labeled1"], labeled.label, ohem)
+                supervised2 = supervised_loss(logits["labeled2"], labeled.label, ohem)
                 intersection = reweighted_loss(logits["unlabeled1"], shared)
                 union = reweighted_loss(logits["unlabeled2"], joined)
                 loss = supervised1 + supervised2 + method.unsup_weight * (intersection + union)

@@ -1,6 +1,6 @@
-"""The equations of CSS (Wang et al., ICCV 2023), one function each. Everything in float32, finite whatever is empty.
+"""Equations of CSS (Wang et al., ICCV 2023), one function each, computed in float32; 0 (with a graph) on empty inputs.
 
-A pixel is known in two spaces: by its logits, and by how similar its representation is to the classes' prototypes.
+A pixel is classified in two spaces: by its logits, and by the similarity of its representation to class prototypes.
 Pixels of the representation maps are numbered b*h*w + y*w + x.
 """
 
@@ -14,21 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import IGNORE
-from common.losses import upsample
+from common.images import flatten_pixels
+from common.losses import label_and_confidence, upsample
 
-# Elements of the [anchors, negatives, dimensions] block that is scored at once: it stays in a CPU's cache; a GPU wants
-# more to do at a time.
+# Elements of the [anchors, negatives, dimensions] block that is scored at once: small enough for the cache of a CPU,
+# large enough to keep a GPU busy.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 Space = Literal["mix", "cross", "ori"]
 
 
 class Prototypes(nn.Module):
-    """A running mean of every class's representations, the same on all processes.
+    """Running mean of the representations of each class, equal on all processes.
 
     Attributes:
-        mean: [C,D], raw (not normalized); zeros for a class that was never seen.
-        seen: bool [C], whether the class was ever present.
+        mean: [C,D], not normalized; zeros for a class that was never seen.
+        seen: bool [C], True for classes that were present before.
     """
 
     def __init__(self, num_classes: int, dims: int) -> None:
@@ -38,22 +39,22 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def update(self, representation: Tensor, label: Tensor, alpha: float, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """P_c = alpha * P_c + (1 - alpha) * mean of c's pixels on all processes; the first time the mean itself.
+        """P_c = alpha * P_c + (1 - alpha) * mean of the pixels of c on all processes; the first time, P_c is the mean.
 
         Args:
             representation: [B,D,h,w].
             label: int64 [B,h,w], 255 = left out.
-            alpha: What the prototypes keep of themselves (`alpha_p`).
-            reduce: Sums a tensor over all processes.
+            alpha: Weight of the old prototypes (`alpha_p`).
+            reduce: Function that sums a tensor over all processes.
 
         Returns:
-            present: bool [C], the classes that any process has a pixel of; the others stay as they are.
+            present: bool [C], classes with a pixel in any process; the others keep their prototypes.
         """
         one_hot = (label.flatten() == torch.arange(len(self.mean), device=label.device)[:, None]).float()
-        sums = torch.cat([one_hot @ _rows(representation.float()), one_hot.sum(1, keepdim=True)], dim=1)
+        sums = torch.cat([one_hot @ flatten_pixels(representation.float()), one_hot.sum(1, keepdim=True)], dim=1)
         total, count = reduce(sums).split([self.mean.shape[1], 1], dim=1)
         mean = total / count.clamp(min=1)
-        # A representation that overflowed in half precision must not stay in the memory for good.
+        # A representation that overflowed in half precision must not stay in the memory forever.
         present = (count.squeeze(1) > 0) & mean.isfinite().all(1)
         kept = alpha * self.seen.float().unsqueeze(1)
         self.mean.copy_(torch.where(present[:, None], kept * self.mean + (1 - kept) * mean, self.mean))
@@ -63,14 +64,14 @@ class Prototypes(nn.Module):
 
 @dataclass
 class Samples:
-    """What one step compares; row r is for class `classes[r]`.
+    """Anchors and negatives of one step; row r belongs to class `classes[r]`.
 
     Attributes:
         classes: int64 [n], ascending; on the CPU the present ones, on a GPU all.
-        present: bool [n], whether any process has a pixel of the class.
+        present: bool [n], True if any process has a pixel of the class.
         anchors: int64 [n,Q], pixels; any value where `used` is False.
         negatives: int64 [n,Q,K], pixels of other classes.
-        used: bool [n], whether the class has a hard pixel and a negative in this process.
+        used: bool [n], True if the class has a hard pixel and a negative in this process.
     """
 
     classes: Tensor
@@ -81,14 +82,14 @@ class Samples:
 
 
 def similarity(representation: Tensor, prototypes: Tensor) -> Tensor:
-    """Cosine [B,C,h,w] of every pixel's representation [B,D,h,w] with every prototype [C,D]; 0 with one of zeros."""
+    """Cosine similarity [B,C,h,w] of representations [B,D,h,w] and prototypes [C,D]; 0 for a prototype of zeros."""
     representation = representation.float()
     scores = torch.einsum("bdhw,cd->bchw", representation, F.normalize(prototypes, dim=1))
     return scores / representation.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def largest_similarity_softmax(temp: float, num_classes: int) -> float:
-    """What softmax(cosines / temp) over the classes can at most be: one cosine is 1, all others are -1."""
+    """Largest possible softmax(cosines / temp) over the classes: one cosine is 1, all others are -1."""
     return 1 / (1 + (num_classes - 1) * math.exp(-2 / temp))
 
 
@@ -102,19 +103,20 @@ def pseudo_labels(
     size: tuple[int, int],
     align_corners: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Classes by logits and by similarity to the prototypes, and what the two losses get of them.
+    """Pseudo-labels by logits and by similarity to the prototypes, for the two unsupervised losses.
 
-    `ori`: those of the logits, for both losses. `cross`: of the logits for the contrastive loss, of the representations
-    for the cross-entropy. `mix`: where both spaces agree, with the logits' confidence, for both losses.
+    `ori`: the logits' labels for both losses. `cross`: the logits' labels for the contrastive loss, the
+    representations' labels for the cross-entropy. `mix`: labels on which both spaces agree, with the logits'
+    confidence, for both losses.
 
     Args:
-        kind: See above.
+        kind: One of the rules above.
         logits: [B,C,h,w].
         representation: [B,D,h,w].
         prototypes: [C,D].
         temp: Temperature of the similarities.
         size: (H, W) of the result.
-        align_corners: How the maps are enlarged, before the softmax.
+        align_corners: How the maps are enlarged before the softmax.
 
     Returns:
         Labels int64 [B,K,H,W], 255 where the spaces disagree, and confidences [B,K,H,W]. The first of K is for the
@@ -130,20 +132,22 @@ def pseudo_labels(
 
 
 def agreed(one: Tensor, other: Tensor) -> Tensor:
-    """The classes of two maps where they are the same, 255 elsewhere."""
+    """Labels of two maps where they agree, 255 elsewhere."""
     return one.masked_fill(one != other, IGNORE)
 
 
 def unsupervised_loss(logits: Tensor, pseudo_label: Tensor, confidence: Tensor, threshold: float) -> Tensor:
     """Cross-entropy with pseudo-labels, each image weighted by its share of confident pixels; mean over losses > 0.
 
-    Where the spaces disagree a pixel can be confident without a label: the weight may then be above 1, as released.
+    Same as prcl/losses.py.
+
+    Where the spaces disagree, a pixel can be confident without a label, so the weight can exceed 1, as released.
 
     Args:
         logits: [B,C,H,W].
         pseudo_label: int64 [B,H,W], 255 = ignore.
         confidence: [B,H,W].
-        threshold: What a confident pixel reaches (`un_threshold`).
+        threshold: Smallest confidence of a confident pixel (`un_threshold`).
     """
     valid = (pseudo_label != IGNORE).sum((1, 2)).clamp(min=1)
     weight = (confidence >= threshold).sum((1, 2)) / valid
@@ -155,13 +159,13 @@ def unsupervised_loss(logits: Tensor, pseudo_label: Tensor, confidence: Tensor, 
 def contrastive_labels(
     label: Tensor, pseudo_label: Tensor, confidence: Tensor, weak_threshold: float, size: tuple[int, int]
 ) -> Tensor:
-    """Classes of the pixels that take part in the contrastive loss, at the size of the representation maps.
+    """Classes of the pixels in the contrastive loss, at the size of the representation maps. Same as prcl/losses.py.
 
     Args:
-        label: int64 [B_l,H,W], of the labeled batch.
+        label: int64 [B_l,H,W] of the labeled batch.
         pseudo_label: int64 [B_u,H,W].
         confidence: [B_u,H,W]; pixels below `weak_threshold` are left out.
-        size: (h, w).
+        size: (h, w) of the maps.
 
     Returns:
         int64 [B_l+B_u,h,w], labeled first, 255 = left out.
@@ -173,11 +177,11 @@ def contrastive_labels(
 
 @torch.no_grad()
 def negative_class_probability(prototypes: Tensor, available: Tensor, temp: float) -> Tensor:
-    """Probability [n,n] of drawing a negative of class j (column) for an anchor of class i (row): similar classes more.
+    """Probability [n,n] of a negative of class j (column) for an anchor of class i (row), higher for similar classes.
 
     Args:
         prototypes: [n,D].
-        available: bool [n], which classes have a pixel in this process to draw.
+        available: bool [n], True for classes with a pixel in this process.
     """
     direction = F.normalize(prototypes, dim=1)
     own = torch.eye(len(prototypes), dtype=torch.bool, device=prototypes.device)
@@ -196,21 +200,21 @@ def sample(
     num_queries: int,
     num_negatives: int,
 ) -> Samples:
-    """Draw hard anchors of every class, and negatives from classes that look alike, from the device's random numbers.
+    """Draw hard anchors of each class, and negatives from similar classes, with the device's random numbers.
 
     Args:
         label: int64 [B,h,w], 255 = left out.
-        indicator: [B,C,h,w] of the student; a pixel is hard where that of its class is below `strong_threshold`.
+        indicator: [B,C,h,w] of the student; a pixel is hard if the value of its class is below `strong_threshold`.
         prototypes: [C,D].
-        present: bool [C], from `Prototypes.update`.
-        num_queries, num_negatives: Q anchors a class, K negatives an anchor, drawn with replacement.
+        present: bool [C], result of `Prototypes.update`.
+        num_queries, num_negatives: Q anchors per class, K negatives per anchor, drawn with replacement.
     """
-    # To know which classes are absent saves more than half of the work, but a GPU would be waited for.
+    # Leaving out absent classes saves more than half of the work, but on a GPU it would require a synchronization.
     everywhere = torch.arange(len(present), device=label.device)
     classes = present.nonzero().squeeze(1) if label.device.type == "cpu" else everywhere
     n = len(classes)
     pixels = label.flatten()
-    own = _rows(indicator).gather(1, pixels.clamp(max=indicator.shape[1] - 1)[:, None]).squeeze(1)
+    own = flatten_pixels(indicator).gather(1, pixels.clamp(max=indicator.shape[1] - 1)[:, None]).squeeze(1)
     order, start, count = _group(pixels, classes)
     hard_order, hard_start, hard_count = _group(pixels.masked_fill(own >= strong_threshold, IGNORE), classes)
     chance = negative_class_probability(prototypes[classes], count > 0, temp)
@@ -226,15 +230,15 @@ def sample(
 def contrastive_loss(representation: Tensor, prototypes: Tensor, samples: Samples, temp: float) -> Tensor:
     """Mean over the present classes of the cross-entropy of anchors with their prototype against their negatives.
 
-    Gradients reach the anchors alone; prototypes and negatives are constants. A class without a hard pixel adds 0 but
-    counts. 0 with its graph where fewer than two classes are present. Nothing here waits for a GPU.
+    Gradients reach the anchors only; prototypes and negatives are constants. A class without a hard pixel adds 0 and is
+    counted. The loss is 0 (with a graph) if fewer than two classes are present. Does not wait for a GPU.
 
     Args:
         representation: [B,D,h,w] of the student.
         prototypes: [C,D].
-        samples: From `sample`.
+        samples: Result of `sample`.
     """
-    rows = _rows(representation.float())
+    rows = flatten_pixels(representation.float())
     n, queries, negatives = samples.negatives.shape
     losses = _AnchorLoss.apply(
         F.normalize(rows[samples.anchors.clamp(min=0).flatten()], dim=1),
@@ -248,10 +252,10 @@ def contrastive_loss(representation: Tensor, prototypes: Tensor, samples: Sample
 
 
 class _AnchorLoss(torch.autograd.Function):
-    """Cross-entropy [R] of each anchor, and its gradient found in the same sweep.
+    """Cross-entropy [R] of each anchor, with the gradient computed in the same pass.
 
-    Blocks of anchors are scored one after the other: [R,K,D] numbers, of which none is kept. As softmax and target are
-    known at once, the gradient of the anchors (the only one there is) is made from the same block.
+    Blocks of anchors are scored one after the other, so the [R,K,D] negatives are never stored together. Softmax and
+    target of a block are enough for the gradient of its anchors, the only gradient there is.
     """
 
     @staticmethod
@@ -274,7 +278,7 @@ class _AnchorLoss(torch.autograd.Function):
 
 
 def _score_block(anchors: Tensor, prototypes: Tensor, others: Tensor, temp: float) -> tuple[Tensor, Tensor]:
-    """Loss [r] of anchors [r,D] with the right prototypes [r,D] against others [r,K,D], and its gradients [r,D]."""
+    """Loss [r] of anchors [r,D] with their prototypes [r,D] against others [r,K,D], and its gradients [r,D]."""
     right = (anchors * prototypes).sum(1, keepdim=True)
     wrong = torch.bmm(others, anchors.unsqueeze(2)).squeeze(2)
     log_probability = torch.log_softmax(torch.cat([right, wrong], dim=1) / temp, dim=1)
@@ -284,24 +288,18 @@ def _score_block(anchors: Tensor, prototypes: Tensor, others: Tensor, temp: floa
 
 
 def _decide(scores: Tensor, size: tuple[int, int], align_corners: bool) -> tuple[Tensor, Tensor]:
-    """Class int64 [B,H,W] and its softmax [B,H,W] of scores [B,C,h,w]; the first class where several are equal."""
-    confidence, label = upsample(scores, size, align_corners).softmax(1).max(1)
-    return label, confidence
-
-
-def _rows(maps: Tensor) -> Tensor:
-    """[B,D,h,w] -> [B*h*w,D]."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+    """Label int64 and confidence [B,H,W] of scores [B,C,h,w], enlarged before the softmax."""
+    return label_and_confidence(upsample(scores, size, align_corners))
 
 
 def _group(pixels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixel numbers grouped by class, and where the group of each of `classes` starts and how many it has."""
+    """Pixel numbers grouped by class; start and size of the group of each of `classes`. Same as prcl/losses.py."""
     count = torch.zeros(256, dtype=torch.int64, device=pixels.device).scatter_add_(0, pixels, torch.ones_like(pixels))
     start = count.cumsum(0) - count
     return pixels.argsort(stable=True), start[classes], count[classes]
 
 
 def _pick(order: Tensor, start: Tensor, count: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Pixels drawn uniformly, with replacement, from the groups; some pixel or other where a group is empty."""
+    """Draw pixels uniformly, with replacement, from groups; any pixel if a group is empty. Same as prcl/losses.py."""
     offset = (torch.rand(shape, device=order.device) * count).long().minimum((count - 1).clamp(min=0))
     return order[(start + offset).clamp(max=len(order) - 1)]

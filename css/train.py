@@ -38,7 +38,7 @@ from common.evaluation.evaluate import evaluate_run, save_panel
 from common.evaluation.inference import evaluation_mode
 from common.images import normalize
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import cross_entropy, ohem_cross_entropy, upsample
+from common.losses import OHEM, supervised_loss, upsample
 from common.mean_teacher import ema_decay, make_teacher, update_teacher
 from common.models import build_network, conv_head
 from common.optim import build_optimizer, exponential_ramp, poly, set_lr
@@ -203,13 +203,6 @@ def augment_unlabeled(
     return color_jitter_blur_flip(image, pseudo_label, confidence, rngs)
 
 
-def supervised_loss(logits: Tensor, label: Tensor, method: Method) -> Tensor:
-    """Cross-entropy of logits [B,C,H,W] with label [B,H,W], over hard pixels only where `method.ohem` is set."""
-    if method.ohem:
-        return ohem_cross_entropy(logits, label, method.ohem_threshold, method.ohem_min_kept * len(label))
-    return cross_entropy(logits, label)
-
-
 def contrastive_term(
     output: dict[str, Tensor],
     memory: Prototypes,
@@ -304,6 +297,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(config: Config, run: Run) -> None:
     optim, method = config.optim, config.method
+    ohem = OHEM(method.ohem_threshold, method.ohem_min_kept) if method.ohem else None
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
@@ -355,7 +349,7 @@ def train(config: Config, run: Run) -> None:
                 output = wrapped(normalize(labeled_image), normalize(image))
             with record_function("losses"):
                 size, corners = label.shape[-2:], network.segmenter.align_corners
-                supervised = supervised_loss(upsample(output["labeled"], size, corners), label, method)
+                supervised = supervised_loss(upsample(output["labeled"], size, corners), label, ohem)
                 unlabeled_logits = upsample(output["unlabeled"], size, corners)
                 first, last = ((pseudo_label[:, k], confidence[:, k]) for k in (0, -1))
                 unsupervised = unsupervised_loss(unlabeled_logits, *last, method.un_threshold)

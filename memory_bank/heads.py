@@ -1,7 +1,7 @@
-"""What memory bank has beside the segmentation network: two heads on rows of features, and a selector for each class.
+"""Heads of memory bank beside the segmentation network: projection, prediction, and a selector for each class.
 
-A row is the feature of one pixel. Which rows count is known on the device alone, so all of them pass, and those that do
-not count are left out of sums: nothing has to wait for their number.
+Heads work on flattened maps, a vector for each pixel. The pixels that count are known on the device only, so all pixels
+pass and those that do not count are left out of sums: nothing waits for their number.
 """
 
 import math
@@ -13,22 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import IGNORE
+from common.images import flatten_pixels
 from memory_bank.processes import summed
 
 EPSILON, MOMENTUM, SLOPE = 1e-5, 0.1, 0.2
-BLOCK = 256  # rows; a smaller one wastes fewer of them on classes with few rows, a larger one copies fewer weights
+BLOCK = 256  # embeddings; a smaller block wastes less on classes with few of them, a larger one copies fewer weights
 
 
-def rows_of(feature: Tensor) -> Tensor:
-    """[B,D,h,w] -> rows [B*h*w,D]; a view where the feature is stored pixel by pixel."""
-    return feature.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-class RowNorm(nn.Module):
-    """Batch norm over the rows that count, of all processes. With fewer than two it learns no statistics.
+class MaskedBatchNorm(nn.Module):
+    """Batch norm over the vectors that count, of all processes. With fewer than two it learns no statistics.
 
     Args:
-        dims: Length F of a row.
+        dims: Length F of a vector.
     """
 
     def __init__(self, dims: int) -> None:
@@ -38,84 +34,101 @@ class RowNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(dims))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
 
-    def forward(self, rows: Tensor, counted: Tensor) -> Tensor:
-        """Rows [M,F], `counted` bool [M] -> [M,F], in float32."""
-        rows = rows.float()
+    def forward(self, values: Tensor, counted: Tensor) -> Tensor:
+        """Vectors [M,F], `counted` bool [M] -> [M,F], in float32."""
+        values = values.float()
         if not self.training:
             mean, variance = self.running_mean, self.running_var
         else:
-            mean, variance, number = _statistics(rows, counted.float())
+            mean, variance, number = _statistics(values, counted.float())
             _remember(self, mean, variance, number, number > 1)
         scale = self.weight * torch.rsqrt(variance + EPSILON)
-        return torch.addcmul(self.bias - mean * scale, rows, scale)
+        return torch.addcmul(self.bias - mean * scale, values, scale)
 
 
 class Head(nn.Module):
     """Linear map, batch norm, ReLU, linear map.
 
     Args:
-        in_dims: Length of the rows.
-        dims: Length F of the result's.
+        in_dims: Length of the input vectors.
+        dims: Length F of the result's vectors.
     """
 
     def __init__(self, in_dims: int, dims: int) -> None:
         super().__init__()
-        self.first, self.norm, self.last = nn.Linear(in_dims, dims), RowNorm(dims), nn.Linear(dims, dims)
+        self.first, self.norm, self.last = nn.Linear(in_dims, dims), MaskedBatchNorm(dims), nn.Linear(dims, dims)
 
-    def forward(self, rows: Tensor, counted: Tensor) -> Tensor:
-        """Rows [M,in_dims], `counted` bool [M]: whose statistics the norm takes -> [M,F]."""
-        return self.last(F.relu(self.norm(self.first(rows), counted)))
+    def forward(self, values: Tensor, counted: Tensor) -> Tensor:
+        """Vectors [M,in_dims], `counted` bool [M] (part of the norm's statistics) -> [M,F]."""
+        return self.last(F.relu(self.norm(self.first(values), counted)))
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows sorted by class and cut into N blocks of `BLOCK` places, each of one class; some places stay empty.
+    """M embeddings sorted by class and cut into N blocks of `BLOCK` places, each of one class.
 
     Attributes:
-        row: int64 [N,BLOCK], the row at a place (0 where there is none).
-        filled: bool [N,BLOCK].
-        place: int64 [M], where a row is in the flattened blocks.
-        owner: int64 [N], the class of a block.
+        index: int64 [N,BLOCK], number of the embedding at each place (0 at an empty place).
+        filled: bool [N,BLOCK], False at an empty place.
+        place: int64 [M], place of each embedding in the flattened blocks.
+        owner: int64 [N], class of each block.
     """
 
-    row: Tensor
+    index: Tensor
     filled: Tensor
     place: Tensor
     owner: Tensor
 
 
-def count_rows(label: Tensor, num_classes: int) -> Tensor:
-    """int64 [C], rows of each class on this process; `label` [M], C and above count for none."""
-    counts = label.new_zeros(num_classes + 1)
-    return counts.scatter_add_(0, label.clamp(max=num_classes), torch.ones_like(label))[:num_classes]
+def count_classes(classes: Tensor, num_classes: int) -> Tensor:
+    """int64 [C], how often each class occurs in `classes` int64 [M] on this process; C and above are not counted."""
+    counts = classes.new_zeros(num_classes + 1)
+    return counts.scatter_add_(0, classes.clamp(max=num_classes), torch.ones_like(classes))[:num_classes]
 
 
-def in_blocks(label: Tensor, num_classes: int) -> Blocks:
-    """The blocks of rows with classes `label` int64 [M]. As many as any labels could need: nothing waits for sizes."""
-    label = label.clamp(max=num_classes)
-    order = label.argsort(stable=True)
-    counts = count_rows(label, num_classes + 1)
+def in_blocks(classes: Tensor, num_classes: int) -> Blocks:
+    """Cut embeddings of `classes` int64 [M] into blocks.
+
+        for c in range(num_classes + 1):
+            own = (classes == c).nonzero().squeeze(1)
+            for part in own.split(BLOCK):
+                index.append(pad(part, BLOCK)); owner.append(c)
+
+    There are always as many blocks as any classes could need, so that nothing waits for sizes; spare blocks are empty.
+    """
+    classes = classes.clamp(max=num_classes)
+    order = classes.argsort(stable=True)
+    counts = count_classes(classes, num_classes + 1)
     blocks = (counts + BLOCK - 1) // BLOCK
     shift = (blocks.cumsum(0) - blocks) * BLOCK - (counts.cumsum(0) - counts)
-    slot = torch.arange(len(label), device=label.device) + shift[label[order]]
-    number = len(label) // BLOCK + num_classes + 1
-    row = label.new_zeros(number * BLOCK).scatter_(0, slot, order)
-    filled = torch.zeros_like(row, dtype=torch.bool).scatter_(0, slot, True)
-    owner = torch.searchsorted(blocks.cumsum(0), torch.arange(number, device=label.device), right=True)
-    place = torch.empty_like(label).scatter_(0, order, slot)
+    slot = torch.arange(len(classes), device=classes.device) + shift[classes[order]]
+    number = len(classes) // BLOCK + num_classes + 1
+    index = classes.new_zeros(number * BLOCK).scatter_(0, slot, order)
+    filled = torch.zeros_like(index, dtype=torch.bool).scatter_(0, slot, True)
+    owner = torch.searchsorted(blocks.cumsum(0), torch.arange(number, device=classes.device), right=True)
+    place = torch.empty_like(classes).scatter_(0, order, slot)
     filled = filled.view(number, BLOCK) & (owner < num_classes)[:, None]
-    return Blocks(row.view(number, BLOCK), filled, place, owner.clamp(max=num_classes - 1))
+    return Blocks(index.view(number, BLOCK), filled, place, owner.clamp(max=num_classes - 1))
 
 
 class Selectors(nn.Module):
-    """One small network a class that says how much a row counts: linear map, batch norm, leaky ReLU, linear, sigmoid.
+    """A small network per class that scores embeddings: linear map, batch norm, leaky ReLU, linear map, sigmoid.
 
-    All classes pass together: the weights of their own class meet each block of rows. Gradients reach the weights
-    alone.
+    In training mode, on one process, the result is that of
+
+        for c in range(num_classes):
+            own = embeddings[classes == c].detach()
+            hidden = F.linear(own, first_weight[c], first_bias[c])
+            hidden = F.batch_norm(hidden, None, None, weight[c], bias[c], training=True)
+            hidden = F.leaky_relu(hidden, SLOPE)
+            score[classes == c] = torch.sigmoid(hidden @ last_weight[c] + last_bias[c])
+
+    Here all classes pass together, in blocks that meet the weights of their own class, since the number of embeddings
+    of a class is on the device only. Gradients reach the weights, not the embeddings.
 
     Args:
-        num_classes: C.
-        dims: Length F of a row.
+        num_classes: Number of classes C.
+        dims: Length F of an embedding.
     """
 
     def __init__(self, num_classes: int, dims: int) -> None:
@@ -136,21 +149,21 @@ class Selectors(nn.Module):
         self.register_buffer("running_var", torch.ones(num_classes, dims))
         self.register_buffer("num_batches_tracked", torch.zeros(num_classes, dtype=torch.int64))
 
-    def forward(self, rows: Tensor, label: Tensor, active: Tensor) -> Tensor:
-        """How much each row counts.
+    def forward(self, embeddings: Tensor, classes: Tensor, active: Tensor) -> Tensor:
+        """Score each embedding.
 
         Args:
-            rows: [M,F].
-            label: int64 [M]; rows of class C and above get numbers without a meaning.
-            active: bool [C], classes that learn statistics from these rows.
+            embeddings: [M,F].
+            classes: int64 [M]; scores of class C and above have no meaning.
+            active: bool [C], classes whose running statistics are updated.
 
         Returns:
-            [M], in (0,1).
+            Scores [M] in (0,1).
         """
-        blocks = in_blocks(label, self.num_classes)
-        # Rows are constants here. Less their mean, the map's result has mean zero and needs no bias: it is as if the
-        # norm had taken the mean off, with a pass less forward and two less backward.
-        values = rows.detach().float().index_select(0, blocks.row.flatten()).view(*blocks.row.shape, -1)
+        blocks = in_blocks(classes, self.num_classes)
+        # Embeddings are constants here. With their mean subtracted first, the map's result has mean zero and needs no
+        # bias: the same as subtracting the mean in the norm, with one pass less forward and two less backward.
+        values = embeddings.detach().float().index_select(0, blocks.index.flatten()).view(*blocks.index.shape, -1)
         share = blocks.filled.float().unsqueeze(1)
         mean, number = self._means(values, share, blocks.owner)
         values -= mean.index_select(0, blocks.owner).unsqueeze(1)
@@ -163,18 +176,18 @@ class Selectors(nn.Module):
         return torch.sigmoid(logit.flatten().index_select(0, blocks.place))
 
     def _means(self, values: Tensor, share: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [C,F] of the rows of each class, and their number [C,1], over all processes."""
+        """Mean [C,F] of the embeddings of each class, and their number [C,1], over all processes."""
         number = summed(self._by_class(share.sum(2), owner))
         return summed(self._by_class((share @ values).squeeze(1), owner)) / number.clamp(min=1), number
 
     def _by_class(self, sums: Tensor, owner: Tensor) -> Tensor:
-        """Sums of blocks [N,K] -> of classes [C,K]."""
+        """Sums over blocks [N,K] -> sums over classes [C,K]."""
         return sums.new_zeros(self.num_classes, sums.shape[1]).index_add(0, owner, sums)
 
     def _scale_and_shift(
         self, hidden: Tensor, share: Tensor, owner: Tensor, mean: Tensor, number: Tensor, active: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """[C,F] each: what normalizes the map's results, from which its result for the mean row is already off."""
+        """Scale and shift [C,F] that normalize the map's results, after its result for the mean was subtracted."""
         own_mean = (self.first_weight @ mean.unsqueeze(2)).squeeze(2) + self.first_bias
         if not self.training:
             scale = self.weight * torch.rsqrt(self.running_var + EPSILON)
@@ -182,21 +195,21 @@ class Selectors(nn.Module):
         squares = (share @ hidden.square()).squeeze(1)
         variance = summed(self._by_class(squares, owner)) / number.clamp(min=1)
         _remember(self, own_mean, variance, number, active.unsqueeze(1) & (number > 1))
-        # The bias of the map is lost in the norm; it stays part of the graph, from which processes expect gradients.
+        # The norm cancels the bias of the map, which stays part of the graph: processes expect its gradient.
         return self.weight * torch.rsqrt(variance + EPSILON), self.bias + 0.0 * self.first_bias
 
 
 class Heads(nn.Module):
-    """All that a network of memory bank has beside the segmenter.
+    """Projection, prediction and selectors beside the segmenter.
 
     Args:
         in_dims: Channels of the segmenter's features.
-        num_classes: C.
-        dims: Length F of a row in the bank.
+        num_classes: Number of classes C.
+        dims: Length F of an embedding in the bank.
 
     Attributes:
-        memory_selectors: Meant to weigh the bank's rows. The release gives all of them the weight 1, whatever these
-            say, so that they never learn; they are here because its checkpoints have them.
+        memory_selectors: Selectors of the bank's embeddings, which the release does not use: it gives all embeddings
+            the weight 1. They do not learn and exist because released checkpoints contain them.
     """
 
     def __init__(self, in_dims: int, num_classes: int, dims: int) -> None:
@@ -206,23 +219,23 @@ class Heads(nn.Module):
         self.memory_selectors = Selectors(num_classes, dims).requires_grad_(False)
 
     def forward(self, feature: Tensor, label: Tensor) -> Tensor:
-        """Feature [B,D,h,w], label int64 [B,h,w] (255: does not count) -> rows [B*h*w,F] for the contrastive loss."""
+        """Feature [B,D,h,w], label int64 [B,h,w] (255: left out) -> embeddings [B*h*w,F] for the contrastive loss."""
         counted = (label != IGNORE).flatten()
-        return self.prediction(self.projection(rows_of(feature), counted), counted)
+        return self.prediction(self.projection(flatten_pixels(feature), counted), counted)
 
 
-def _statistics(rows: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance [F] of the rows [M,F] that `share` [M] counts, and their number, over all processes."""
-    # Half precision is too coarse for sums of so many rows. Meta tensors, which have none, know no autocast.
-    with nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
+def _statistics(values: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance [F] of the vectors [M,F] whose `share` [M] is 1, and their number, over all processes."""
+    # Half precision is too coarse for sums of so many vectors. There is no autocast for meta tensors.
+    with nullcontext() if values.is_meta else torch.autocast(values.device.type, enabled=False):
         number = summed(share.sum())
-        mean = summed(share @ rows) / number.clamp(min=1)
-        return mean, summed(share @ (rows - mean).square()) / number.clamp(min=1), number
+        mean = summed(share @ values) / number.clamp(min=1)
+        return mean, summed(share @ (values - mean).square()) / number.clamp(min=1), number
 
 
 @torch.no_grad()
 def _remember(norm: nn.Module, mean: Tensor, variance: Tensor, number: Tensor, active: Tensor) -> None:
-    """Running statistics of a batch norm, where it is `active`; variances are remembered unbiased."""
+    """Update the running statistics of a batch norm where it is `active`; running variances are unbiased."""
     unbiased = variance * (number / (number - 1).clamp(min=1))
     momentum = MOMENTUM * active.float()
     norm.running_mean.lerp_(mean, momentum.expand_as(mean))

@@ -10,12 +10,12 @@ from common import IGNORE
 from common.config.sections import ModelConfig
 from common.engine.run import Run
 from common.evaluation.inference import evaluation_mode
-from common.images import normalize
-from common.losses import upsample
+from common.images import flatten_pixels, normalize
+from common.losses import label_and_confidence, upsample
 from common.models import build_network
 from memory_bank.bank import correct_and_confident, nearest_labels
 from memory_bank.config import Config
-from memory_bank.heads import Heads, rows_of
+from memory_bank.heads import Heads
 from memory_bank.processes import summed
 
 
@@ -83,9 +83,7 @@ def pseudo_labels(network: MemoryBankNetwork, image: Tensor, run: Run) -> tuple[
     """The class [B,H,W] and its probability [B,H,W] for images in [0,1]. Does not change the network's mode."""
     with run.autocast():
         logits = network.segmenter(normalize(image))
-    probability = upsample(logits, image.shape[-2:], network.segmenter.align_corners).softmax(1)
-    confidence, pseudo_label = probability.max(1)
-    return pseudo_label, confidence
+    return label_and_confidence(upsample(logits, image.shape[-2:], network.segmenter.align_corners))
 
 
 @torch.no_grad()
@@ -111,5 +109,5 @@ def bank_candidates(
     classes = correct_and_confident(logits, label, threshold, network.segmenter.align_corners).flatten()
     classes = torch.where(summed((classes != IGNORE).sum()) > 1, classes, IGNORE)
     with autocast():
-        embeddings = network.heads.projection(rows_of(feature), classes != IGNORE)
+        embeddings = network.heads.projection(flatten_pixels(feature), classes != IGNORE)
     return embeddings.float(), classes

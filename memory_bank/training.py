@@ -15,7 +15,7 @@ from common.loaders import StepBatches
 from common.splits.split import Split
 from memory_bank.bank import Bank
 from memory_bank.config import Config, protocol_of
-from memory_bank.losses import ClassBalance, contrastive_loss, rows_per_image
+from memory_bank.losses import ClassBalance, contrastive_loss, embeddings_per_image
 from memory_bank.network import MemoryBankNetwork
 
 REFRESHED = "refreshed"  # checkpoint kind
@@ -152,5 +152,5 @@ def build_class_balance(config: Config, split: Split) -> ClassBalance:
 def max_new_per_class(config: Config, split: Split) -> int:
     """Embeddings that may enter the bank per class and update, over all processes."""
     method = config.method
-    per_image = rows_per_image(method.bank_size, len(split.labeled), method.bank_rows_factor)
+    per_image = embeddings_per_image(method.bank_size, len(split.labeled), method.bank_rows_factor)
     return config.optim.batch_size // config.optim.accumulation * per_image

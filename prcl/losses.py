@@ -1,6 +1,6 @@
-"""The equations of PRCL (Xie et al., AAAI 2023), one function each. Everything in float32, finite whatever is empty.
+"""Equations of PRCL (Xie et al., AAAI 2023), one function each, computed in float32; 0 (with a graph) on empty inputs.
 
-sigma is a variance everywhere, never a standard deviation. Pixels of the embedding maps are numbered b*h*w + y*w + x.
+sigma is always a variance, never a standard deviation. Pixels of the embedding maps are numbered b*h*w + y*w + x.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import IGNORE
+from common.images import flatten_pixels
 
-# Elements of the [anchors, negatives, dimensions] block that is scored at once: it stays in a CPU's cache; a GPU wants
-# more to do at a time.
+# Elements of the [anchors, negatives, dimensions] block that is scored at once: small enough for the cache of a CPU,
+# large enough to keep a GPU busy.
 BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
 @dataclass
 class Prototypes:
-    """One Gaussian a class.
+    """A Gaussian per class.
 
     Attributes:
-        mu: [C,D], raw (not normalized).
+        mu: [C,D], not normalized.
         sigma: [C,D], variances.
-        present: bool [C], whether any process has a valid pixel of the class.
+        present: bool [C], True if any process has a valid pixel of the class.
     """
 
     mu: Tensor
@@ -35,13 +36,13 @@ class Prototypes:
 
 @dataclass
 class Samples:
-    """What one step compares; row r is for class `classes[r]`.
+    """Anchors and negatives of one step; row r belongs to class `classes[r]`.
 
     Attributes:
         classes: int64 [n], ascending; on the CPU the present ones, on a GPU all.
         anchors: int64 [n,Q], pixels; any value where `used` is False.
         negatives: int64 [n,Q,K], pixels of other classes.
-        used: bool [n], whether the class has a hard pixel and a negative in this process.
+        used: bool [n], True if the class has a hard pixel and a negative in this process.
     """
 
     classes: Tensor
@@ -53,11 +54,13 @@ class Samples:
 def unsupervised_loss(logits: Tensor, pseudo_label: Tensor, confidence: Tensor, threshold: float) -> Tensor:
     """Cross-entropy with pseudo-labels, each image weighted by its share of confident pixels; mean over losses > 0.
 
+    Same as css/losses.py.
+
     Args:
         logits: [B,C,H,W].
         pseudo_label: int64 [B,H,W], 255 = ignore.
         confidence: [B,H,W].
-        threshold: What a confident pixel reaches (`un_threshold`).
+        threshold: Smallest confidence of a confident pixel (`un_threshold`).
     """
     valid = (pseudo_label != IGNORE).sum((1, 2)).clamp(min=1)
     weight = (confidence >= threshold).sum((1, 2)) / valid
@@ -69,13 +72,13 @@ def unsupervised_loss(logits: Tensor, pseudo_label: Tensor, confidence: Tensor, 
 def contrastive_labels(
     label: Tensor, pseudo_label: Tensor, confidence: Tensor, weak_threshold: float, size: tuple[int, int]
 ) -> Tensor:
-    """Classes of the pixels that take part in the contrastive loss, at the size of the embedding maps.
+    """Classes of the pixels in the contrastive loss, at the size of the embedding maps. Same as css/losses.py.
 
     Args:
-        label: int64 [B_l,H,W], of the labeled batch.
+        label: int64 [B_l,H,W] of the labeled batch.
         pseudo_label: int64 [B_u,H,W].
         confidence: [B_u,H,W]; pixels below `weak_threshold` are left out.
-        size: (h, w).
+        size: (h, w) of the maps.
 
     Returns:
         int64 [B_l+B_u,h,w], labeled first, 255 = left out.
@@ -89,16 +92,16 @@ def contrastive_labels(
 def prototypes(
     mu: Tensor, sigma: Tensor, label: Tensor, num_classes: int, reduce: Callable[[Tensor], Tensor]
 ) -> Prototypes:
-    """Precision-weighted mean of a class: 1/sigma_c = sum 1/sigma_i, mu_c = sum (sigma_c / sigma_i) mu_i.
+    """Precision-weighted mean of each class: 1/sigma_c = sum 1/sigma_i, mu_c = sum (sigma_c / sigma_i) mu_i.
 
     Args:
         mu, sigma: [B,D,h,w].
         label: int64 [B,h,w], 255 = left out.
-        reduce: Sums a tensor over all processes.
+        reduce: Function that sums a tensor over all processes.
     """
     one_hot = (label.flatten() == torch.arange(num_classes, device=label.device)[:, None]).float()
-    precision = 1.0 / _rows(sigma)
-    sums = torch.cat([precision, precision * _rows(mu), torch.ones_like(precision[:, :1])], dim=1)
+    precision = 1.0 / flatten_pixels(sigma)
+    sums = torch.cat([precision, precision * flatten_pixels(mu), torch.ones_like(precision[:, :1])], dim=1)
     total = reduce(one_hot @ sums)
     total_precision, weighted, count = total.split([mu.shape[1], mu.shape[1], 1], dim=1)
     present = count.squeeze(1) > 0
@@ -109,7 +112,7 @@ def prototypes(
 def mutual_likelihood_score(mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b: Tensor) -> Tensor:
     """-1/2 mean_d [(a_d - b_d)^2 / (sigma_a + sigma_b) + ln(sigma_a + sigma_b)] of normalized means.
 
-    The mean over the D dimensions (last) instead of the paper's sum, and no constant: as released.
+    As released: the mean over the D dimensions (last) instead of the paper's sum, without the constant.
     """
     variance = sigma_a + sigma_b
     difference = F.normalize(mu_a, dim=-1) - F.normalize(mu_b, dim=-1)
@@ -118,11 +121,11 @@ def mutual_likelihood_score(mu_a: Tensor, sigma_a: Tensor, mu_b: Tensor, sigma_b
 
 @torch.no_grad()
 def negative_class_probability(classes: Prototypes, available: Tensor, temp: float) -> Tensor:
-    """Probability [n,n] of drawing a negative of class j (column) for an anchor of class i (row): similar classes more.
+    """Probability [n,n] of a negative of class j (column) for an anchor of class i (row), higher for similar classes.
 
     Args:
         classes: The n present prototypes.
-        available: bool [n], which classes have a pixel in this process to draw.
+        available: bool [n], True for classes with a pixel in this process.
     """
     mu, sigma = classes.mu, classes.sigma
     score = mutual_likelihood_score(mu[:, None], sigma[:, None], mu[None], sigma[None]) / temp
@@ -142,20 +145,20 @@ def sample(
     num_queries: int,
     num_negatives: int,
 ) -> Samples:
-    """Draw hard anchors of every class, and negatives from classes that look alike, from the device's random numbers.
+    """Draw hard anchors of each class, and negatives from similar classes, with the device's random numbers.
 
     Args:
         label: int64 [B,h,w], 255 = left out.
-        probability: [B,C,h,w] of the student; a pixel is hard where that of its class is below `strong_threshold`.
+        probability: [B,C,h,w] of the student; a pixel is hard if the value of its class is below `strong_threshold`.
         classes: Prototypes of all classes.
-        num_queries, num_negatives: Q anchors a class, K negatives an anchor, drawn with replacement.
+        num_queries, num_negatives: Q anchors per class, K negatives per anchor, drawn with replacement.
     """
-    # To know which classes are absent saves more than half of the work, but a GPU would be waited for.
+    # Leaving out absent classes saves more than half of the work, but on a GPU it would require a synchronization.
     everywhere = torch.arange(len(classes.present), device=label.device)
     candidates = classes.present.nonzero().squeeze(1) if label.device.type == "cpu" else everywhere
     n = len(candidates)
     pixels = label.flatten()
-    own = _rows(probability).gather(1, pixels.clamp(max=probability.shape[1] - 1)[:, None]).squeeze(1)
+    own = flatten_pixels(probability).gather(1, pixels.clamp(max=probability.shape[1] - 1)[:, None]).squeeze(1)
     order, start, count = _group(pixels, candidates)
     hard_order, hard_start, hard_count = _group(pixels.masked_fill(own >= strong_threshold, IGNORE), candidates)
     subset = Prototypes(classes.mu[candidates], classes.sigma[candidates], classes.present[candidates])
@@ -174,19 +177,19 @@ def contrastive_loss(
 ) -> Tensor:
     """Mean over the present classes of the cross-entropy of anchors with their prototype against their negatives.
 
-    Gradients reach the anchors alone; prototypes and negatives are constants. A class without a hard pixel adds 0 but
-    counts. 0 with its graph where fewer than two classes are present. Nothing here waits for a GPU.
+    Gradients reach the anchors only; prototypes and negatives are constants. A class without a hard pixel adds 0 and is
+    counted. The loss is 0 (with a graph) if fewer than two classes are present. Does not wait for a GPU.
 
     Args:
         mu, sigma: [B,D,h,w] of the student.
         classes: Prototypes of all classes.
-        samples: From `sample`.
-        compile: Score with a compiled kernel: the same numbers but for rounding.
+        samples: Result of `sample`.
+        compile: Score with a compiled kernel; results differ by rounding only.
     """
     nothing = 0.0 * (mu.sum() + sigma.sum())
-    if len(samples.classes) < 2:  # known without waiting: it is a shape
+    if len(samples.classes) < 2:  # a shape, which needs no synchronization
         return nothing
-    mu, sigma = _rows(mu.float()), _rows(sigma.float())
+    mu, sigma = flatten_pixels(mu.float()), flatten_pixels(sigma.float())
     n, queries, negatives = samples.negatives.shape
     anchors = samples.anchors.clamp(min=0).flatten()
     proto = samples.classes.repeat_interleave(queries)
@@ -206,11 +209,11 @@ def contrastive_loss(
 
 
 class _AnchorLoss(torch.autograd.Function):
-    """Cross-entropy [R] of each anchor, and its gradient found in the same sweep.
+    """Cross-entropy [R] of each anchor, with the gradient computed in the same pass.
 
-    The scores need mu and sigma of every negative, [R,K,D] numbers of which none is kept: blocks of anchors are scored
-    one after the other, and as softmax and target are known at once, the gradient of the anchors (the only one there
-    is) is made from the same block. Memory is that of a block, whatever the number of classes.
+    Blocks of anchors are scored one after the other, so mu and sigma [R,K,D] of the negatives are never stored
+    together. Softmax and target of a block are enough for the gradient of its anchors, the only gradient there is. The
+    memory needed is that of a block, independent of the number of classes.
     """
 
     @staticmethod
@@ -237,7 +240,7 @@ class _AnchorLoss(torch.autograd.Function):
 
 
 def _score_block(mu: Tensor, sigma: Tensor, other_mu: Tensor, other_sigma: Tensor, temp: float) -> tuple[Tensor, ...]:
-    """Loss [r] of anchors [r,1,D] against others [r,1+K,D], the first of which is right, and its gradients [r,D]."""
+    """Loss [r] of anchors [r,1,D] against others [r,1+K,D], first the own prototype, and its gradients [r,D]."""
     dims = mu.shape[-1]
     variance = sigma + other_sigma
     inverse = 1.0 / variance
@@ -259,19 +262,14 @@ def _compiled_score() -> Callable[..., tuple[Tensor, ...]]:
     return torch.compile(_score_block)
 
 
-def _rows(maps: Tensor) -> Tensor:
-    """[B,D,h,w] -> [B*h*w,D]."""
-    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
-
-
 def _group(pixels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixel numbers grouped by class, and where the group of each of `classes` starts and how many it has."""
+    """Pixel numbers grouped by class; start and size of the group of each of `classes`. Same as css/losses.py."""
     count = torch.zeros(256, dtype=torch.int64, device=pixels.device).scatter_add_(0, pixels, torch.ones_like(pixels))
     start = count.cumsum(0) - count
     return pixels.argsort(stable=True), start[classes], count[classes]
 
 
 def _pick(order: Tensor, start: Tensor, count: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Pixels drawn uniformly, with replacement, from the groups; some pixel or other where a group is empty."""
+    """Draw pixels uniformly, with replacement, from groups; any pixel if a group is empty. Same as css/losses.py."""
     offset = (torch.rand(shape, device=order.device) * count).long().minimum((count - 1).clamp(min=0))
     return order[(start + offset).clamp(max=len(order) - 1)]

@@ -28,7 +28,7 @@ from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import cross_entropy, upsample
+from common.losses import cross_entropy, label_and_confidence, upsample
 from common.mean_teacher import ema_decay, make_teacher, update_teacher
 from common.models import build_network, conv_head
 from common.optim import build_optimizer, exponential_ramp, poly, set_lr
@@ -160,9 +160,7 @@ def pseudo_labels(teacher: nn.Module, image: Tensor, run: Run) -> tuple[Tensor, 
     """Classes [B,H,W] and confidences [B,H,W] of the teacher in training mode for images [B,3,H,W] in [0,1]."""
     with run.autocast():
         logits = teacher(normalize(image))
-    probability = upsample(logits, image.shape[-2:], teacher.align_corners).softmax(1)
-    confidence, pseudo_label = probability.max(1)
-    return pseudo_label, confidence
+    return label_and_confidence(upsample(logits, image.shape[-2:], teacher.align_corners))
 
 
 def augment_unlabeled(

@@ -1,14 +1,14 @@
-"""Adopt a published split: say which one some lists are, and turn them into this project's layout.
+"""Adopt a published split: identify lists, and convert them to this project's layout.
 
     python splits/adopt.py published/PRCL/VOC_split/662/3407 --out splits/voc/662/3407
 
-PATH is what a paper published: a folder, a labeled list beside its unlabeled one, or an order of images
-(`split_<id>.pkl`, with --labels); common/splits/lists.py says what is known. The ids are compared with the checksums
-in splits/published.json: lists at a published split's own path that differ from it are refused, others are told by name
-or as none. With --out the split is written there, as labeled_, unlabeled_ and valid_filename.txt.
+PATH is a published folder, a labeled list beside its unlabeled one, or an order of images (`split_<id>.pkl`, with
+--labels); common/splits/lists.py describes the supported layouts. The ids are compared with the checksums in
+splits/published.json: lists at the path of a published split that differ from it are refused; others are identified by
+name or as none. With --out the split is written there, as labeled_, unlabeled_ and valid_filename.txt.
 
---dataset and --data-root are for what was published without images for validation, which are then the dataset's own,
-and for orders of images, which count through its sorted images for training.
+--dataset and --data-root are needed for lists published without validation images, which are then the dataset's own,
+and for orders of images, which number its sorted training images.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reader = open_reader(DataConfig(args.dataset, args.data_root)) if args.dataset else None
     path = Path(args.path).expanduser()
     if path.is_file() and path.suffix != ".pkl" and find_lists(path) is None:
-        _say_list(path, args.out)
+        _identify_list(path, args.out)
         return
     split = read_order_split(path, args.labels, reader) if path.suffix == ".pkl" else read_lists(path)
     _check_published(path, args.labels, split)
@@ -55,16 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", help="published lists")
     parser.add_argument("--out", help="folder of the split that is written")
-    parser.add_argument("--labels", type=int, help="of an order of images: how many are labeled")
+    parser.add_argument("--labels", type=int, help="number of labeled images in an order of images")
     parser.add_argument("--dataset", choices=("voc", "cityscapes"))
     parser.add_argument("--data-root", help="folder of the dataset")
     return parser
 
 
 def read_lists(path: Path) -> Split:
-    """The lists at `path`, without images for validation where none were published.
+    """Read the lists at `path`, without validation images if none were published.
 
-    Raises UserError where there are none, or a line or an id is not as it has to be.
+    Raises:
+        UserError: there are no lists, or a line or an id is wrong.
     """
     files = find_lists(path)
     if files is None:
@@ -72,16 +73,19 @@ def read_lists(path: Path) -> Split:
         how = (
             f": get them with\n{commands(entry, 'ROOT', entry['place'])}"
             if entry
-            else ", see splits/README.md for what is known"
+            else ", see splits/README.md for the supported ones"
         )
         raise UserError(f"no published lists at {path}{how}")
     return Split(**{"valid": []} | files.names(published_id))
 
 
 def read_order_split(path: Path, labels: int | None, reader: Reader | None) -> Split:
-    """The first `labels` images of a stored order, and the others. Raises UserError where the dataset has not as many.
+    """Split a stored order into the first `labels` images and the others.
 
-    memory_bank's release counts through Cityscapes in the order of the disk, which nobody knows: here paths are sorted.
+    memory_bank's release numbers Cityscapes in the unknown order of its disk: here paths are sorted.
+
+    Raises:
+        UserError: the dataset has another number of training images, or an argument is missing or wrong.
     """
     order = read_order(path)
     if labels is None or not 0 < labels <= len(order):
@@ -95,10 +99,10 @@ def read_order_split(path: Path, labels: int | None, reader: Reader | None) -> S
     return Split(ordered[:labels], ordered[labels:], [])
 
 
-def _say_list(path: Path, out: str | None) -> None:
-    """Say which published list a single one is. Raises UserError where it is to be a split, and as `_refuse_other`."""
+def _identify_list(path: Path, out: str | None) -> None:
+    """Print the published list that a single list equals. Raises UserError with --out, and as `_refuse_other`."""
     if out:
-        raise UserError(f"{path} is one list, no labeled list beside an unlabeled one: see splits/README.md")
+        raise UserError(f"{path} is a single list, not a labeled list beside an unlabeled one: see splits/README.md")
     ids = read_ids(path, published_id)
     _refuse_other(path, entry_at(path), "", ids)
     same = [entry["name"] for entry in record()["lists"] if entry["sha256"] == checksum(ids)]
@@ -106,28 +110,28 @@ def _say_list(path: Path, out: str | None) -> None:
 
 
 def _check_published(path: Path, labels: int | None, split: Split) -> None:
-    """Raises UserError where a published split's own path holds other ids."""
+    """Raise UserError if the path is that of a published split, but the ids differ."""
     entry = entry_at(path, labels)
     for kind in KINDS if entry else ():
-        if kind != "valid" or split.valid:  # a copy without the list for validation is as good
+        if kind != "valid" or split.valid:  # a copy may lack the validation list
             _refuse_other(path, entry[kind], f"{kind} ", getattr(split, kind))
 
 
 def _refuse_other(path: Path, summary: dict[str, Any] | None, kind: str, ids: list[str]) -> None:
-    """Raises UserError where `ids` are not those that `summary` records; there may be none."""
+    """Raise UserError if `ids` differ from those of `summary`, which may be None."""
     if summary and checksum(ids) != summary["sha256"]:
         raise UserError(
             f"{path}: the {kind}list is not the published one ({len(ids)} ids, published: {summary['count']}; the"
-            " checksum differs): get it anew, or move it to use it as your own"
+            " checksum differs): download it again, or move it to use it as your own"
         )
 
 
 def _completed(path: Path, split: Split, reader: Reader | None) -> Split:
-    """The split with images for validation. Raises UserError for overlaps that no published split is known for."""
+    """Add missing validation images. Raises UserError for an overlap that is not in a published split."""
     known = same_as(split.labeled, split.unlabeled)
     both = sorted(set(split.labeled) & set(split.unlabeled))
     if both and not known:
-        raise UserError(f"{path}: {len(both)} images are both labeled and unlabeled, {both[0]} for one: mend the lists")
+        raise UserError(f"{path}: {len(both)} images are both labeled and unlabeled, e.g. {both[0]}: correct the lists")
     listed = {checksum(split.valid)} & {entry["valid"]["sha256"] for entry in known if TEST_LIST in entry["defects"]}
     if split.valid and not listed:
         return split

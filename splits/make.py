@@ -3,18 +3,17 @@
     python splits/make.py --dataset voc --data-root data/VOC2012 --labels 662 --seed 0 --out splits/voc
 
 writes splits/voc/662/0/{labeled,unlabeled,valid}_filename.txt. The same dataset, labels and seed give the same lists.
-Labeled images are chosen among those for training that have a label (with --among FILE, of them those of a list); all
-others for training are unlabeled; the dataset's own validation images are for validation. A split that exists is never
-written over.
+Labeled images are chosen among the training images that have a label (with --among FILE, among those in a list); all
+other training images are unlabeled; validation images are the dataset's own. An existing split is never overwritten.
 
-Your own data (--dataset folder, docs/your_data.md) may have no images for validation: --valid 1/5 draws a fifth of
-those with a label, the same ones whatever seed and number of labels. All labels are read and checked first.
+Your own data (--dataset folder, docs/your_data.md) may have no validation images: --valid 1/5 draws a fifth of those
+with a label, independent of seed and number of labels. All labels are read and checked first.
 
 Methods:
-  random          each image alike; of one seed, fewer labels are part of more
+  random          each image with equal probability; for one seed, fewer labels are part of more
   class-covering  random, but every class that occurs in the dataset occurs in the labeled images
-  every-rth       every r-th of the sorted ids, whatever the seed: with 1/16 .. 1/2 these are the lists of CPS and CPCL
-                  for VOC (theirs for Cityscapes follow another order)
+  every-rth       every r-th of the sorted ids, for any seed: with 1/16 .. 1/2 these are the lists of CPS and CPCL
+                  for VOC (those for Cityscapes follow another order)
 """
 
 import argparse
@@ -85,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--among",
         type=Path,
-        help="list of ids, one a line: only these become labeled (VOC's own train.txt: the classic protocol)",
+        help="list of ids, one per line: only these become labeled (VOC's own train.txt: the classic protocol)",
     )
     parser.add_argument(
         "--valid",
@@ -100,31 +99,32 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _among(names: Sequence[str], path: Path) -> list[str]:
-    """Those of `names` that the list at `path` names. Raises UserError where it names something else."""
+    """Those of `names` that are in the list at `path`. Raises UserError if the list has other ids."""
     wanted = set(read_lines(path))
     if unknown := sorted(wanted - set(names)):
-        raise UserError(f"--among {path} names {unknown[0]}, which is no image for training with a label")
+        raise UserError(f"--among {path} contains {unknown[0]}, which is not a training image with a label")
     return [name for name in names if name in wanted]
 
 
 def check_labels(reader: Folder, names: Sequence[str]) -> None:
-    """Read the labels of `names` and say which classes occur in them.
+    """Read the labels of `names` and print the classes that do not occur.
 
-    Raises UserError where there are none, and for the first that is broken, has another size than its image, or holds a
-    value or a color that is neither a class nor to be ignored.
+    Raises:
+        UserError: there are no labels; or a label is damaged, has another size than its image, or contains a value or a
+            color that is neither a class nor ignored.
     """
     strays = reader.stray_labels()
     if not names:
-        hint = f"; {strays[0]}.png belongs to no image, for one" if strays else ""
+        hint = f"; e.g. {strays[0]}.png belongs to no image" if strays else ""
         raise UserError(f"{reader.layout}: no image has a label: a label is a PNG with the name of its image{hint}")
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda name: reader.check_size(name, with_label=True), names))
         occurs = np.stack(list(pool.map(lambda name: classes_in(reader, name), names))).any(0)
     print(f"{len(names)} images have a label; {len(reader.names('train')) - len(names)} have none")
     if strays:
-        print(f"note: {len(strays)} labels belong to no image, {strays[0]}.png for one")
+        print(f"note: {len(strays)} labels belong to no image, e.g. {strays[0]}.png")
     if absent := [name for name, seen in zip(reader.classes, occurs) if not seen]:
-        print(f"note: no label shows {', '.join(absent)}")
+        print(f"note: no label contains {', '.join(absent)}")
 
 
 def _draw_valid(reader: Reader, names: Sequence[str], share: str) -> list[str]:
@@ -137,13 +137,13 @@ def _draw_valid(reader: Reader, names: Sequence[str], share: str) -> list[str]:
 
 
 def _count(labels: str, total: int, flag: str = "--labels") -> int:
-    """The number of images of `total` that are asked for; a share is rounded up, as in the published lists."""
+    """Number of images of `total`; a share is rounded up, as in the published lists."""
     share = _number(labels, flag)
     return math.ceil(share * total) if "/" in labels else int(share)
 
 
 def _step(labels: str, total: int) -> int:
-    """The r of every-rth. Raises UserError where no r gives the number asked for."""
+    """The r of every-rth. Raises UserError if no r gives the requested number."""
     share = _number(labels)
     if "/" in labels:
         if share.numerator != 1:
@@ -152,7 +152,7 @@ def _step(labels: str, total: int) -> int:
     step = math.ceil(total / share)
     given = math.ceil(total / step)
     if given != share:
-        raise UserError(f"--labels {labels}: no every-rth of {total} images has so many; every {step}th are {given}")
+        raise UserError(f"--labels {labels}: there is no r for {total} images; every {step}th gives {given}")
     return step
 
 

@@ -1,9 +1,9 @@
-"""Write splits/published.json from the published lists: their counts and checksums, and what is wrong with them.
+"""A maintainer's tool: write splits/published.json (counts, checksums and defects) from the published lists.
 
     python splits/record.py published
 
-expects clones below `published`, or only the folders with lists in them, each in a folder with its repository's name in
-the table below. A list that is not whole, or has a defect that is not known, ends it.
+expects clones below `published`, or only their folders with lists, each in a folder with its repository's name in the
+table below. It stops at an incomplete list or an unknown defect.
 """
 
 import argparse
@@ -32,17 +32,17 @@ REPOSITORIES = {
 
 @dataclass(frozen=True)
 class Splits:
-    """Splits that a repository keeps alike.
+    """Splits of one repository in one layout.
 
     Attributes:
-        repository: its name.
-        path: pattern of what splits/adopt.py is given.
+        repository: Name of the repository.
+        path: Pattern of the paths given to splits/adopt.py.
         dataset: voc or cityscapes.
-        whole: the list that labeled and unlabeled images make together.
-        place: folder where configs expect them, below which is what follows `fixed` in their path.
-        fixed: the path's first part, which `place` stands for.
-        known: defects that they may have, and nothing but these.
-        labels: of orders of images: how many are labeled in the paper's configs.
+        whole: Name of the list that labeled and unlabeled images make together.
+        place: Folder where configs expect the splits; it replaces `fixed` in their paths.
+        fixed: First part of the paths.
+        known: Defects that the splits may have; others are an error.
+        labels: For orders of images, numbers of labeled images in the paper's configs.
     """
 
     repository: str
@@ -105,7 +105,7 @@ SPLITS = (
     ),
 )
 
-# Lists that are no splits. The first of each dataset and name is what all others of that name have to hold.
+# Lists that are not splits. All lists of a name must equal the first.
 LISTS = {
     "voc": {
         "train_aug": (
@@ -151,9 +151,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """What splits/published.json holds, from the lists below `folder`.
+    """Content of splits/published.json, from the lists below `folder`.
 
-    Raises UserError for a missing file, a list that is not whole and a defect that is not known.
+    Raises:
+        UserError: a missing file, an incomplete list, or an unknown defect.
     """
     wholes: dict[str, dict[str, list[str]]] = {}
     lists = []
@@ -163,7 +164,7 @@ def record_of(folder: Path) -> dict[str, Any]:
             for path in paths:
                 ids = read_ids(files_of(folder, path)[path], published_id)
                 if set(ids) != set(wholes[dataset].setdefault(name, ids)):
-                    raise UserError(f"{path} does not hold the images of {paths[0]}")
+                    raise UserError(f"{path} does not contain the images of {paths[0]}")
                 lists.append({"name": path, "dataset": dataset, "list": name, **_summary(ids)})
             if name in PLACES[dataset]:
                 lists[-len(paths)]["place"] = PLACES[dataset][name]
@@ -172,9 +173,10 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def files_of(folder: Path, pattern: str) -> dict[str, Path]:
-    """Files by <repository>/<path in it>, those of a pattern; the first folders of a path may be missing.
+    """Files of a pattern by <repository>/<path in it>; the first folders of a path may be missing.
 
-    Raises UserError where there are none.
+    Raises:
+        UserError: there are none.
     """
     repository, *parts = pattern.split("/")
     for start in range(len(parts)):
@@ -186,7 +188,7 @@ def files_of(folder: Path, pattern: str) -> dict[str, Path]:
 
 
 def as_text(record: dict[str, Any]) -> str:
-    """JSON with a line for every list, so that a difference shows which one changed."""
+    """JSON with a line per list, so that a diff shows the list that changed."""
     parts = [f' "repositories": {json.dumps(record["repositories"], indent=2)}']
     for key in ("lists", "splits"):
         lines = ",\n".join(f"  {json.dumps(entry)}" for entry in record[key])
@@ -195,7 +197,7 @@ def as_text(record: dict[str, Any]) -> str:
 
 
 def _entries(folder: Path, kept: Splits, wholes: dict[str, list[str]]) -> Iterator[dict[str, Any]]:
-    """The entries of all splits of a pattern."""
+    """Entries of all splits of a pattern."""
     for path, file in files_of(folder, f"{kept.repository}/{kept.path}").items():
         name = path.removesuffix("_train_supervised.txt").removesuffix("/labeled.txt")
         place = f"{kept.place}/{name.removeprefix(f'{kept.repository}/{kept.fixed}/')}"
@@ -226,7 +228,7 @@ def _entry(
     if valid is not None and set(valid) != set(wholes["val"]):
         defects.append(TEST_LIST if set(valid) == set(wholes.get("test", ())) else "not the validation images")
     if unknown := set(defects) - set(kept.known):
-        raise UserError(f"{name}: {', '.join(sorted(unknown))}: no known defect of these lists")
+        raise UserError(f"{name}: {', '.join(sorted(unknown))}: not a known defect of these lists")
     return {
         "name": name,
         "dataset": kept.dataset,

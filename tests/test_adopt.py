@@ -183,14 +183,14 @@ def test_a_changed_list_at_a_published_path_is_refused(recorded, tmp_path, capsy
 def test_lists_are_recognized_whatever_their_order_and_form(recorded):
     labeled, unlabeled = VOC[:4], [VOC[0], *VOC[4:10]]
     assert said_of(labeled[::-1], unlabeled[::-1]) == "published split: CAC/lists/4"
-    assert said_of(labeled, VOC) == "published split: none; the labeled images are those of CAC/lists/4"
+    assert said_of(labeled, VOC) == "published split: none; the labeled images equal those of CAC/lists/4"
     assert said_of(VOC[1:5], unlabeled) == "published split: none"
 
 
 def test_ids_that_are_twice_and_missing_lists_are_told(tmp_path, capsys):
     path = published(tmp_path, "unimatch", VOC)
     write(path / "labeled.txt", [*voc_lines(VOC[:2]), *voc_lines(VOC[:1])])
-    assert "1 ids occur more than once, 2007_000000" in refused([str(path)], capsys)
+    assert "1 ids occur more than once, e.g. 2007_000000" in refused([str(path)], capsys)
     write(path / "labeled.txt", voc_lines(VOC[:2]))
     (path / "unlabeled.txt").unlink()
     assert "no list" in refused([str(path)], capsys)

@@ -131,7 +131,7 @@ def test_a_list_in_another_encoding_is_told(tree, capsys):
     root, _, arguments = tree
     names = listed(root, "labeled").read_text()
     listed(root, "labeled").write_text(names, encoding="utf-16")
-    assert "labeled_filename.txt is no text in UTF-8" in refused(SCRIPT, arguments, capsys)
+    assert "labeled_filename.txt is not UTF-8 text" in refused(SCRIPT, arguments, capsys)
 
 
 def test_the_run_folder_of_another_network_is_refused(tiny, tmp_path, capsys):

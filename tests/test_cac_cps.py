@@ -200,7 +200,7 @@ def test_pictures_of_pairs_leave_out_what_cannot_be_read_and_end_with_the_run(tm
         ("train", ["--method.cac.scale_range", "[2, 1]"], "method.cac.scale_range"),
         ("train_semiseg", ["--method.cps.weight", "-1"], "method.cps.weight"),
         ("train_semiseg", ["--model.head", "psp"], "model.head"),
-        ("train_semiseg_cutmix", ["--model.output_stride", "8"], "model.output_stride 8"),
+        ("train_semiseg_cutmix", ["--model.output_stride", "8"], "model.output_stride is 8"),
         ("train_semiseg_cutmix", ["--data.split", "nowhere"], "nowhere"),
     ],
 )

@@ -70,10 +70,10 @@ def test_cityscapes_with_lists_of_paths_and_mined_pixels(tiny, tmp_path):
         (["--method.ohem", "true", "--method.ohem_class_weight", "[1, 2]"], "2 values for 7 classes"),
         (["--method.ohem_class_weight", "[1, 1, 1, 1, 1, 1, 1]"], "set method.ohem"),
         (["--method.unsup_wait", "1"], "did you mean --method.unsup_weight"),
-        (["--data.unlabeled_list", "nowhere.txt"], "goes with data.labeled_list"),
+        (["--data.unlabeled_list", "nowhere.txt"], "requires data.labeled_list"),
         (["--data.split", "null", "--data.labeled_list", "nowhere.txt"], "no list nowhere.txt"),
         (["--data.split", "null"], "one of data.split, data.labeled_list"),
-        (["--model.output_stride", "8"], "model.output_stride 8"),
+        (["--model.output_stride", "8"], "model.output_stride is 8"),
         (["--optim.batch_size", "1"], "batch norm"),
     ],
 )

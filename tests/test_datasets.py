@@ -231,10 +231,10 @@ def test_gta5_knows_every_color_of_the_classes_and_refuses_others(tmp_path):
     save(path, np.array([gta5.VOID_COLORS], np.uint8))
     assert set(GTA5(tmp_path).read_label("00001")[0].tolist()) == {255}
     save(path, np.array([[(1, 2, 3)]], np.uint8))
-    with pytest.raises(UserError, match=r"00001\.png holds the color \(1, 2, 3\)"):
+    with pytest.raises(UserError, match=r"00001\.png contains the color \(1, 2, 3\)"):
         GTA5(tmp_path).read_label("00001")
     save(path, np.array([[1]], np.uint8), np.array([[0, 0, 0], [9, 9, 9]]))
-    with pytest.raises(UserError, match=r"00001\.png holds the color \(9, 9, 9\)"):
+    with pytest.raises(UserError, match=r"00001\.png contains the color \(9, 9, 9\)"):
         GTA5(tmp_path).read_label("00001")
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import IGNORE
 from memory_bank.augment import STRONG, BatchAugment, apply_view, draw_batch_augment, rescale
 from memory_bank.bank import Bank, correct_and_confident
-from memory_bank.heads import BLOCK, SLOPE, Head, RowNorm, Selectors
+from memory_bank.heads import BLOCK, SLOPE, Head, MaskedBatchNorm, Selectors
 from memory_bank.losses import ClassBalance, contrastive_loss, entropy_loss, pseudo_label_loss, supervised_loss
 
 CLASSES, DIMS, SIZE = 4, 8, 6
@@ -23,11 +23,11 @@ def full_bank() -> Bank:
     return bank
 
 
-def plain_loss(rows: Tensor, label: Tensor, bank: Bank, selectors: Selectors) -> Tensor:
+def plain_loss(embeddings: Tensor, label: Tensor, bank: Bank, selectors: Selectors) -> Tensor:
     """The formula, class by class and pair by pair."""
-    total = rows.new_zeros(())
+    total = embeddings.new_zeros(())
     for c in range(CLASSES):
-        own, stored = rows[label == c], bank.rows[c, : bank.filled[c]].to(rows.dtype)
+        own, stored = embeddings[label == c], bank.rows[c, : bank.filled[c]].to(embeddings.dtype)
         if len(own) < 2 or len(stored) < 2:
             continue
         distance = 1 - F.normalize(own, dim=1) @ F.normalize(stored, dim=1).T
@@ -41,73 +41,73 @@ def plain_loss(rows: Tensor, label: Tensor, bank: Bank, selectors: Selectors) ->
 @pytest.mark.parametrize("count", [1, 50, 3 * BLOCK + 5])
 def test_value_and_gradients_are_those_of_the_formula(count):
     torch.manual_seed(0)
-    rows = torch.randn(count, DIMS, dtype=torch.double, requires_grad=True)
+    embeddings = torch.randn(count, DIMS, dtype=torch.double, requires_grad=True)
     label = torch.randint(0, CLASSES + 1, (count,))
     label[label == CLASSES] = IGNORE
     bank, selectors = full_bank(), Selectors(CLASSES, DIMS)
-    ours = contrastive_loss(rows, label, bank, selectors)
-    leaves = [rows, selectors.first_weight, selectors.weight, selectors.bias, selectors.last_weight]
+    ours = contrastive_loss(embeddings, label, bank, selectors)
+    leaves = [embeddings, selectors.first_weight, selectors.weight, selectors.bias, selectors.last_weight]
     found = torch.autograd.grad(ours, leaves)
     exact = Selectors(CLASSES, DIMS).double()
     exact.load_state_dict(selectors.state_dict())
-    want = plain_loss(rows, label, bank, exact)
+    want = plain_loss(embeddings, label, bank, exact)
     assert ours.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-6)
     if want.requires_grad:
-        leaves = [rows, exact.first_weight, exact.weight, exact.bias, exact.last_weight]
+        leaves = [embeddings, exact.first_weight, exact.weight, exact.bias, exact.last_weight]
         for gradient, wanted in zip(found, torch.autograd.grad(want, leaves)):
             torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-7)
     else:
         assert all(gradient.isfinite().all() and not gradient.any() for gradient in found)
 
 
-@pytest.mark.parametrize("empty", ["bank", "labels", "rows of zeros"])
+@pytest.mark.parametrize("empty", ["bank", "labels", "embeddings of zeros"])
 def test_what_is_empty_gives_a_finite_loss_with_a_graph(empty):
     torch.manual_seed(0)
     bank = Bank(CLASSES, SIZE, DIMS) if empty == "bank" else full_bank()
-    rows = torch.zeros(20, DIMS) if empty == "rows of zeros" else torch.randn(20, DIMS)
+    embeddings = torch.zeros(20, DIMS) if empty == "embeddings of zeros" else torch.randn(20, DIMS)
     label = torch.full((20,), IGNORE) if empty == "labels" else torch.randint(0, CLASSES, (20,))
-    rows.requires_grad_()
+    embeddings.requires_grad_()
     selectors = Selectors(CLASSES, DIMS)
-    loss = contrastive_loss(rows, label, bank, selectors)
+    loss = contrastive_loss(embeddings, label, bank, selectors)
     loss.backward()
-    assert loss.isfinite() and (loss == 0 or empty == "rows of zeros")
-    assert all(value.grad.isfinite().all() for value in (rows, *selectors.parameters()))
+    assert loss.isfinite() and (loss == 0 or empty == "embeddings of zeros")
+    assert all(value.grad.isfinite().all() for value in (embeddings, *selectors.parameters()))
 
 
 @pytest.mark.parametrize("lowest", [True, False])
-def test_the_bank_keeps_the_newest_rows_and_ranks_where_there_are_too_many(lowest):
+def test_the_bank_keeps_the_newest_embeddings_and_ranks_them_if_there_are_too_many(lowest):
     torch.manual_seed(0)
     bank, selectors, stored = Bank(CLASSES, SIZE, DIMS), Selectors(CLASSES, DIMS), {c: [] for c in range(CLASSES)}
     for _ in range(5):
-        rows, label = torch.randn(30, DIMS), torch.randint(0, CLASSES + 1, (30,))
+        embeddings, label = torch.randn(30, DIMS), torch.randint(0, CLASSES + 1, (30,))
         label[label == 0] = IGNORE  # a class that never occurs
-        score = selectors(rows, label, torch.zeros(CLASSES, dtype=torch.bool))
-        bank.update(rows, label, selectors, 4, lowest)
+        score = selectors(embeddings, label, torch.zeros(CLASSES, dtype=torch.bool))
+        bank.update(embeddings, label, selectors, 4, lowest)
         for c in range(CLASSES):
             own = (label == c).nonzero().squeeze(1)
             if len(own) > 4:
                 own = own[score[own].argsort(descending=not lowest)[:4]]
-            stored[c] = [*rows[own], *stored[c]][:SIZE]
+            stored[c] = [*embeddings[own], *stored[c]][:SIZE]
     for c in range(CLASSES):
         assert bank.filled[c] == len(stored[c])
         if stored[c]:
             torch.testing.assert_close(bank.rows[c, : len(stored[c])], torch.stack(stored[c]), rtol=0, atol=0)
-    means = torch.stack([F.normalize(torch.stack(rows), dim=1).mean(0) for rows in list(stored.values())[1:]])
+    means = torch.stack([F.normalize(torch.stack(own), dim=1).mean(0) for own in list(stored.values())[1:]])
     torch.testing.assert_close(bank.means()[1:], means)
     assert not bank.means()[0].any()
 
 
-def test_a_norm_of_rows_is_that_of_the_rows_that_count():
+def test_the_masked_norm_is_batch_norm_of_the_embeddings_that_count():
     torch.manual_seed(0)
-    ours, theirs, rows = RowNorm(DIMS), nn.BatchNorm1d(DIMS), torch.randn(40, DIMS)
+    ours, theirs, embeddings = MaskedBatchNorm(DIMS), nn.BatchNorm1d(DIMS), torch.randn(40, DIMS)
     counted = torch.rand(40) > 0.5
-    torch.testing.assert_close(ours(rows, counted)[counted], theirs(rows[counted]))
+    torch.testing.assert_close(ours(embeddings, counted)[counted], theirs(embeddings[counted]))
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name))
     before = ours.running_mean.clone()
     for few in (torch.zeros(40, dtype=torch.bool), torch.arange(40) == 3):
-        assert ours(rows, few).isfinite().all() and ours.running_mean.equal(before)
-    torch.testing.assert_close(ours.eval()(rows, counted), theirs.eval()(rows))
+        assert ours(embeddings, few).isfinite().all() and ours.running_mean.equal(before)
+    torch.testing.assert_close(ours.eval()(embeddings, counted), theirs.eval()(embeddings))
 
 
 def test_the_other_losses_are_finite_where_nothing_is_labeled():
@@ -149,14 +149,14 @@ def test_nothing_waits_for_the_device():
         features, label = torch.empty(50, 12, requires_grad=True), torch.empty(50, dtype=torch.int64)
         image, full = torch.empty(2, CLASSES, 5, 5, requires_grad=True), torch.empty(2, 20, 20, dtype=torch.int64)
         balance = ClassBalance(CLASSES, 2, 2)
-        rows = head(features, label != IGNORE)
+        embeddings = head(features, label != IGNORE)
         classes = correct_and_confident(image, full, 0.95, True)
-        bank.update(rows.detach(), label, selectors, 3)
+        bank.update(embeddings.detach(), label, selectors, 3)
         balance.add_labeled(0, full)
         balance.add_unlabeled(0, full)
         logits = F.interpolate(image, (20, 20))
         losses = [
-            contrastive_loss(rows, label, bank, selectors),
+            contrastive_loss(embeddings, label, bank, selectors),
             supervised_loss(logits, full, balance.weights(2)),
             pseudo_label_loss(logits, full, torch.empty(2, 20, 20), balance.weights(2), 6),
             entropy_loss(logits, full),

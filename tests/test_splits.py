@@ -1,4 +1,4 @@
-"""Splits: lists are read as people write them, made the same for ever, and never written over."""
+"""Splits: lists are read as people write them, made reproducibly, and never overwritten."""
 
 import pickle
 from pathlib import Path
@@ -69,28 +69,28 @@ def test_a_split_is_not_written_over(tmp_path):
     split = Split(["a"], ["c"], ["v"])
     write_split(tmp_path / "s", split)
     write_split(tmp_path / "s", split)
-    with pytest.raises(UserError, match="nothing is written over"):
+    with pytest.raises(UserError, match="nothing is overwritten"):
         write_split(tmp_path / "s", Split(["b"], ["c"], ["v"]))
     assert read_split(tmp_path / "s") == split
     (tmp_path / "s" / "valid_filename.txt").unlink()
-    with pytest.raises(UserError, match="nothing is written over"):
+    with pytest.raises(UserError, match="nothing is overwritten"):
         write_split(tmp_path / "s", split)
 
 
 def test_repeated_ids_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"unlabeled_filename\.txt: 1 ids occur more than once, c for one"):
+    with pytest.raises(UserError, match=r"unlabeled_filename\.txt: 1 ids occur more than once, e\.g\. c"):
         read_split(lists(tmp_path / "s", "a\n", "c\nd\nc\n"))
 
 
 def test_overlap_is_refused_unless_allowed(tmp_path):
     folder = lists(tmp_path / "s", "a\nb\n", "b\nc\n")
-    with pytest.raises(UserError, match=r"1 images are both labeled and unlabeled, b for one.*data\.allow_overlap"):
+    with pytest.raises(UserError, match=r"1 images are both labeled and unlabeled, e\.g\. b.*data\.allow_overlap"):
         read_split(folder)
     assert read_split(folder, allow_overlap=True).unlabeled == ["b", "c"]
 
 
 def test_lists_of_other_repositories_are_told_apart(tmp_path):
-    with pytest.raises(UserError, match="one id a line"):
+    with pytest.raises(UserError, match="one id per line"):
         read_split(lists(tmp_path / "s", "/JPEGImages/a.jpg /SegmentationClassAug/a.png\n"))
 
 
@@ -198,10 +198,10 @@ def test_labeled_images_are_drawn_among_those_of_a_list(tmp_path):
         (["--labels", "many"], "give a number of images or a share"),
         (["--labels", "5/4"], "give a number of images or a share"),
         (["--labels", "1.5"], "give a number of images or a share"),
-        (["--labels", "12", "--method", "every-rth"], "every 4th are 10"),
+        (["--labels", "12", "--method", "every-rth"], "every 4th gives 10"),
         (["--labels", "3/8", "--method", "every-rth"], "shares such as 1/8"),
         (["--labels", "2", "--among", "nowhere.txt"], "nowhere.txt cannot be read"),
-        (["--labels", "2", "--among", "LICENSE"], "which is no image for training with a label"),
+        (["--labels", "2", "--among", "LICENSE"], "which is not a training image with a label"),
     ],
 )
 def test_make_tells_what_cannot_be(tmp_path, arguments, message, capsys):
@@ -218,7 +218,7 @@ def test_make_refuses_to_write_over_another_split(tmp_path, capsys):
     make(tmp_path / "voc", tmp_path / "splits", "--labels", "10")
     with pytest.raises(SystemExit):
         make(tmp_path / "voc", tmp_path / "splits", "--labels", "10", "--method", "every-rth")
-    assert "nothing is written over" in capsys.readouterr().err
+    assert "nothing is overwritten" in capsys.readouterr().err
 
 
 # ---- the built-in data ----
@@ -229,12 +229,11 @@ def test_built_in_data_bring_their_split(tmp_path):
     data = DataConfig("shapes", str(tmp_path / "shapes"), str(tmp_path / "shapes" / "splits" / "6" / "1"))
     reader = open_reader(data)
     assert len(reader.classes) == 7
-    split = read_split(data.split)
+    split = split_of(data, reader)
     assert (len(split.labeled), len(split.unlabeled), len(split.valid)) == (6, 18, 3)
     shown = {int(value) for name in split.labeled for value in reader.read_label(name).unique()} - {255}
     assert shown == set(range(7))
-    open_reader(data)
-    assert read_split(data.split) == split
+    assert split_of(data, open_reader(data)) == read_split(data.split) == split
 
 
 def test_built_in_data_are_made_on_first_use(tmp_path, monkeypatch):
@@ -252,8 +251,9 @@ def test_built_in_data_are_made_on_first_use(tmp_path, monkeypatch):
 
 def test_built_in_split_folders_name_labels_and_seed(tmp_path):
     make_shapes(tmp_path / "shapes", "voc", train=2, val=1, size=(24, 32))
+    data = DataConfig("shapes", str(tmp_path / "shapes"), str(tmp_path / "shapes" / "splits" / "few" / "0"))
     with pytest.raises(UserError, match="both numbers"):
-        open_reader(DataConfig("shapes", str(tmp_path / "shapes"), str(tmp_path / "shapes" / "splits" / "few" / "0")))
+        split_of(data, open_reader(data))
 
 
 def test_real_splits_partition_the_data(request):
@@ -338,7 +338,7 @@ def test_built_in_data_have_random_orders(shapes_root):
         ({"split_id": 3, "labeled_samples": None}, "go together"),
         ({"split_id": None}, "states one of"),
         ({"split_id": 3, "split": "somewhere"}, "states one of"),
-        ({"split_id": 3, "unlabeled_list": "somewhere"}, "goes with data.labeled_list"),
+        ({"split_id": 3, "unlabeled_list": "somewhere"}, "requires data.labeled_list"),
     ],
 )
 def test_wrong_split_ids_are_told(tmp_path, values, message):

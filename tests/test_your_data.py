@@ -139,7 +139,10 @@ def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda mine: write_rgb(mine, (9, 9, 9)), r"p03_mask\.png holds the color \(9, 9, 9\), which .*classes\.txt"),
+        (
+            lambda mine: write_rgb(mine, (9, 9, 9)),
+            r"p03_mask\.png contains the color \(9, 9, 9\), which .*classes\.txt",
+        ),
         (lambda mine: write_mask(mine / "masks/p03_mask.png", np.full((4, 4), 1), "rgb"), "is 48x40 but its label"),
         (lambda mine: (mine / "masks/p03_mask.png").write_bytes(b"x"), "cannot be decoded"),
         (

@@ -1,9 +1,9 @@
 """Augmentation on tensors: the same functions in a worker (uint8, CPU) and in the training step (float, device).
 
-Every random choice is drawn first, on the host, from a `numpy.random.Generator` of the caller (`draw_*`), then applied
-(`apply_*`, `flip`; `mix_batch` does both): the augmentation of an image follows from its generator alone. Applying
-never waits for the device.
-Images are uint8 or float in [0, 1] until `normalize`, which is called right before a network.
+Random choices are first drawn on the CPU from a `numpy.random.Generator` of the caller (`draw_*`), then applied
+(`apply_*`, `flip`; `mix_batch` does both), so the augmentation of an image depends on its generator only. Applying
+never waits for the device. Images are uint8 or float in [0, 1] until `normalize`, which is called right before a
+network.
 """
 
 from common.augment.crops import ScaleChoiceCrop

@@ -1,6 +1,6 @@
-"""The crop of CPS and CPCL, and what other crops of papers are made of.
+"""The crop of CPS and CPCL, and parts of other crops.
 
-Draws come from a `numpy.random.Generator`, in the order of the released code.
+Random numbers come from a `numpy.random.Generator`, in the order of the released code.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,19 @@ from torchvision.transforms.v2 import functional
 
 from common import IGNORE
 from common.augment.geometry import CropGeometry, nearest_crop
+from common.images import IMAGENET_MEAN
 
-MEAN_COLOUR = (124, 116, 104)  # ImageNet's, in gray levels: about 0 once normalized
+MEAN_COLOR = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # uint8; about 0 after normalization
 
 
 @dataclass(frozen=True)
 class ScaleChoiceCrop:
-    """Original CPS's crop, and CPCL's: half are mirrored, one of few scales, a crop with the padding all around.
+    """Crop of original CPS and CPCL: mirror with probability 0.5, resize by one of few scales, crop, pad all around.
 
     Attributes:
         crop_size: Height and width of the result, pixels.
-        scales: The scales, each as likely.
-        beyond: Pixels that a crop may reach beyond the end of a side that is longer.
+        scales: Scales, drawn with equal probability.
+        beyond: Pixels by which a crop may extend beyond the end of a side that is longer than the crop.
     """
 
     crop_size: tuple[int, int]
@@ -43,13 +44,13 @@ class ScaleChoiceCrop:
         image = cut(resized, [(top - above, left - before)], self.crop_size)[0]
         if label is not None:
             label = nearest_crop(label, CropGeometry(height, width, top, left), self.crop_size, IGNORE)
-            label = label.roll((above, before), (-2, -1))  # what it is rolled over is padding
+            label = label.roll((above, before), (-2, -1))  # the pixels that wrap around are padding
         return image, label
 
 
 def cut(image: Tensor, corners: Sequence[tuple[int, int]], crop_size: Sequence[int]) -> list[Tensor]:
-    """Crops of `image` uint8 [3,H,W] at (top, left), which may be negative; the mean color around the image."""
-    color = torch.tensor(MEAN_COLOUR, dtype=torch.uint8).view(3, 1, 1)
+    """Cut crops from `image` uint8 [3,H,W] at (top, left), which may be negative; padding has the mean color."""
+    color = torch.tensor(MEAN_COLOR, dtype=torch.uint8).view(3, 1, 1)
     crops = []
     for top, left in corners:
         inside = image[:, max(top, 0) : max(top + crop_size[0], 0), max(left, 0) : max(left + crop_size[1], 0)]
@@ -61,12 +62,12 @@ def cut(image: Tensor, corners: Sequence[tuple[int, int]], crop_size: Sequence[i
 
 
 def mirror(image: Tensor, label: Tensor | None, mirrored: bool) -> tuple[Tensor, Tensor | None]:
-    """Left and right exchanged where `mirrored`."""
+    """Exchange left and right if `mirrored`."""
     if not mirrored:
         return image, label
     return image.flip(-1), None if label is None else label.flip(-1)
 
 
 def draw_start(rng: Generator, side: int, crop: int) -> int:
-    """First pixel of a crop within a side; 0 where the side is shorter."""
+    """Draw the first pixel of a crop within a side; 0 if the side is shorter than the crop."""
     return int(rng.integers(0, max(side - crop, 0), endpoint=True))

@@ -1,4 +1,4 @@
-"""Scale, pad, crop and flip: what moves pixels, done alike to image, label and confidence.
+"""Scale, pad, crop and flip: geometric changes, applied to image, label and confidence alike.
 
 Padding is at the bottom and right: the image reflected, the label 255 (ignore), the confidence 0.
 """
@@ -15,12 +15,13 @@ from torchvision.transforms.v2 import functional
 
 from common import IGNORE
 
+# Image, label and confidence; the last two may be missing.
 Maps = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
 class CropGeometry:
-    """Resize to (`height`, `width`), then crop with its upper left corner at (`top`, `left`); pixels."""
+    """Resize to (`height`, `width`), then crop with the upper left corner at (`top`, `left`); all in pixels."""
 
     height: int
     width: int
@@ -31,7 +32,7 @@ class CropGeometry:
 def draw_geometry(
     rng: Generator, size: Sequence[int], crop_size: Sequence[int], scale_range: Sequence[float]
 ) -> CropGeometry:
-    """Scale uniform in `scale_range`, crop position uniform. `size` and `crop_size` are (height, width)."""
+    """Draw a scale uniform in `scale_range` and a uniform position. `size` and `crop_size` are (height, width)."""
     scale = rng.uniform(scale_range[0], scale_range[1])
     height, width = (max(1, int(side * scale)) for side in size)
     top, left = (
@@ -46,8 +47,13 @@ def apply_geometry(
 ) -> Maps:
     """Resize (image: bilinear with antialiasing, the others: nearest), pad to the crop, crop.
 
-    `image` [3,H,W] uint8 or float; `label` and `confidence` [...,H,W] of any type, or None. Each comes back with the
-    size `crop_size`. The inputs are left as they are; what comes back may share their memory.
+    The inputs are not changed; the results may share their memory.
+
+    Args:
+        image: [3,H,W], uint8 or float.
+        label, confidence: [...,H,W] of any type, or None.
+        geometry: The drawn crop.
+        crop_size: Height and width of the results, pixels.
     """
     maps = []
     for values, fill in ((label, IGNORE), (confidence, 0)):
@@ -62,7 +68,7 @@ def apply_geometry_batch(
     geometries: Sequence[CropGeometry],
     crop_size: Sequence[int],
 ) -> Maps:
-    """`apply_geometry` with one geometry an image: `image` [B,3,H,W], `label` and `confidence` [B,...,H,W] or None."""
+    """`apply_geometry` with a geometry per image: `image` [B,3,H,W], `label` and `confidence` [B,...,H,W] or None."""
     images = [_image_crop(one, geometry, crop_size) for one, geometry in zip(image, geometries, strict=True)]
     maps = []
     for values, fill in ((label, IGNORE), (confidence, 0)):
@@ -74,18 +80,19 @@ def apply_geometry_batch(
 
 
 def draw_flip(rng: Generator, probability: float = 0.5) -> bool:
+    """Draw whether to mirror an image."""
     return bool(rng.random() < probability)
 
 
 def flip(image: Tensor, label: Tensor | None, confidence: Tensor | None, flipped: bool) -> Maps:
-    """Mirror left and right where `flipped`; all of [...,H,W], label and confidence may be None."""
+    """Exchange left and right if `flipped`; all are [...,H,W], label and confidence may be None."""
     if not flipped:
         return image, label, confidence
     return tuple(None if values is None else values.flip(-1) for values in (image, label, confidence))
 
 
 def flip_batch(image: Tensor, label: Tensor | None, confidence: Tensor | None, flipped: Sequence[bool]) -> Maps:
-    """`flip` with one choice an image, all of [B,...,H,W], label and confidence may be None."""
+    """`flip` with a choice per image; all are [B,...,H,W], label and confidence may be None."""
 
     def each(values: Tensor | None) -> Tensor | None:
         if values is None:
@@ -98,10 +105,10 @@ def flip_batch(image: Tensor, label: Tensor | None, confidence: Tensor | None, f
 def _image_crop(image: Tensor, geometry: CropGeometry, crop_size: Sequence[int]) -> Tensor:
     if image.shape[-2:] != (geometry.height, geometry.width):
         if image.dtype == torch.uint8:
-            # Decoders deliver pixels channel by channel, and in that order uint8 is resized 3 to 5 times faster.
+            # Decoders interleave channels, and in that order uint8 is resized 3 to 5 times faster.
             image = image.unsqueeze(0).contiguous(memory_format=torch.channels_last).squeeze(0)
         image = functional.resize(image, [geometry.height, geometry.width], antialias=True)
-    # What is stored pixel by pixel stays so: sorting it into planes takes longer than cropping it.
+    # Images stored pixel by pixel stay so: sorting them into planes takes longer than cropping.
     channels = -1 if image.stride(0) == 1 else 0
     image = image.movedim(0, channels)
     # Cropping first leaves less to pad.
@@ -115,11 +122,11 @@ def _image_crop(image: Tensor, geometry: CropGeometry, crop_size: Sequence[int])
 
 
 def nearest_crop(values: Tensor, geometry: CropGeometry, crop_size: Sequence[int], fill: int) -> Tensor:
-    """The crop of `values` [...,H,W] resized to the nearest pixel, with `fill` below and right of what there is.
+    """Crop of `values` [...,H,W] after nearest-neighbor resizing, padded with `fill` at the bottom and right.
 
-    Only the pixels of the crop are picked. The nearest pixel is that of torch's `nearest-exact`, in integers.
+    Only the pixels of the crop are read. The nearest pixel is that of torch's `nearest-exact`, in integers.
     """
-    # NumPy picks columns of a CPU's tensor 6 times as fast as torch.
+    # On the CPU NumPy indexes columns 6 times as fast as torch.
     on_cpu = values.device.type == "cpu"
     arange = np.arange if on_cpu else partial(torch.arange, device=values.device)
     rows, columns = (
@@ -127,14 +134,14 @@ def nearest_crop(values: Tensor, geometry: CropGeometry, crop_size: Sequence[int
         for dim, side, start, crop in _axes(geometry, crop_size)
     )
     if on_cpu:
-        picked = torch.from_numpy(values.numpy()[..., rows, :][..., columns])
+        inside = torch.from_numpy(values.numpy()[..., rows, :][..., columns])
     else:
-        picked = values.index_select(-2, rows).index_select(-1, columns)
-    height, width = picked.shape[-2:]
+        inside = values.index_select(-2, rows).index_select(-1, columns)
+    height, width = inside.shape[-2:]
     if (height, width) == tuple(crop_size):
-        return picked
-    crop = picked.new_full((*picked.shape[:-2], *crop_size), fill)
-    crop[..., :height, :width] = picked
+        return inside
+    crop = inside.new_full((*inside.shape[:-2], *crop_size), fill)
+    crop[..., :height, :width] = inside
     return crop
 
 
@@ -144,7 +151,7 @@ def _axes(geometry: CropGeometry, crop_size: Sequence[int]) -> tuple[tuple[int, 
 
 
 def _reflected(side: int, padded: int, device: torch.device) -> Tensor:
-    """Indices of pixels `side` to `padded` into `side` pixels, mirrored as often as needed, edges not repeated."""
+    """Source pixels of the padding `side` to `padded` of a side: reflected as often as needed, edges not repeated."""
     period = max(2 * (side - 1), 1)
     position = torch.arange(side, padded, device=device) % period
     return torch.minimum(position, period - position)

@@ -1,4 +1,4 @@
-"""CutMix, CutOut and ClassMix: part of every image is replaced (PRCL 4.4: boxes of half the area, half of the classes).
+"""CutMix, CutOut and ClassMix: replace part of every image (PRCL 4.4: boxes of half the area, half of the classes).
 
 A mask is boolean [B,H,W], True where an image keeps its own pixels.
 """
@@ -20,7 +20,7 @@ MODES = ("none", "cutout", "cutmix", "classmix")
 
 @dataclass(frozen=True)
 class Box:
-    """Pixels; `top` and `left` are inside, `bottom` and `right` are not."""
+    """A box in pixels; `top` and `left` are inside, `bottom` and `right` are not."""
 
     top: int
     left: int
@@ -29,7 +29,7 @@ class Box:
 
 
 def draw_box(rng: Generator, height: int, width: int) -> Box:
-    """A box of half the image's area. Drawn in the order width, left, top."""
+    """Draw a box of half the image's area, in the order width, left, top."""
     box_width = int(rng.integers(width // 2 + 1, width))
     box_height = round(height * width / 2 / box_width)
     left = int(rng.integers(0, width - box_width + 1))
@@ -38,7 +38,7 @@ def draw_box(rng: Generator, height: int, width: int) -> Box:
 
 
 def box_mask(boxes: Sequence[Box], height: int, width: int, device: torch.device) -> Tensor:
-    """[B,H,W], one box an image: False inside it."""
+    """Bool mask [B,H,W] from a box per image: False inside the box."""
     mask = torch.ones(len(boxes), height, width, dtype=torch.bool, device=device)
     for one, box in zip(mask, boxes, strict=True):
         one[box.top : box.bottom, box.left : box.right] = False
@@ -53,11 +53,11 @@ def draw_cutmix_box_masks(
     proportions: tuple[float, float] = (0.25, 0.5),
     boxes: int = 3,
 ) -> np.ndarray:
-    """CPS's and CPCL's masks, bool [count,H,W]: True inside an odd number of a mask's random boxes.
+    """Draw masks of CPS and CPCL, bool [count,H,W]: True inside an odd number of random boxes.
 
-    The boxes have the share `proportions` of the area together, were they not to overlap, and any shape that fits.
-    Every box toggles what it covers, as in French et al., "Semi-supervised semantic segmentation needs strong, varied
-    perturbations", 2020.
+    Without overlap the boxes of a mask would cover a share of the area within `proportions`; they have any shape that
+    fits. Every box toggles the pixels it covers, as in French et al., "Semi-supervised semantic segmentation needs
+    strong, varied perturbations", 2020.
     """
     share = rng.uniform(*proportions, size=(count, boxes))
     tall = np.exp(rng.uniform(0.0, 1.0, size=(count, boxes)) * np.log(share))
@@ -77,21 +77,25 @@ def cutmix_box_masks(
     proportions: tuple[float, float] = (0.25, 0.5),
     boxes: int = 3,
 ) -> Tensor:
-    """A mask of `draw_cutmix_box_masks` of each generator: bool [B,*size] on `device`."""
+    """Draw a mask per generator, see `draw_cutmix_box_masks`: bool [B,*size] on `device`."""
     masks = [draw_cutmix_box_masks(rng, 1, *size, proportions, boxes) for rng in rngs]
     return to_device(np.concatenate(masks), device)
 
 
 def draw_class_keys(rng: Generator) -> np.ndarray:
-    """A random rank for each of the 256 values a label can have: which of them are present only the device knows."""
+    """Draw a random rank for each of the 256 values of a label, since those that occur are on the device only."""
     return rng.permutation(256)
 
 
 def class_mask(label: Tensor, keys: np.ndarray) -> Tensor:
-    """[B,H,W]: True on half (rounded down) of the values present in each image's own label, those of the lowest keys.
+    """Bool mask [B,H,W]: True on half (rounded down) of the values in an image's label, those of the lowest keys.
 
-    `label` int64 [B,H,W], where ignore counts as a class like any other; `keys` [B,256] of `draw_class_keys`. With one
-    value present none is kept: the image is replaced whole.
+    This is the rule of PRCL and CSS: ignored pixels count as a class like any other, and an image with one value is
+    replaced completely. Memory bank's rule differs in both, see memory_bank/augment.py.
+
+    Args:
+        label: int64 [B,H,W].
+        keys: int64 [B,256] from `draw_class_keys`.
     """
     values = label.flatten(1)
     present = torch.zeros(len(label), 256, dtype=torch.bool, device=label.device).scatter_(1, values, True)
@@ -102,15 +106,18 @@ def class_mask(label: Tensor, keys: np.ndarray) -> Tensor:
 
 
 def mix(own: Tensor, partner: Tensor | int, mask: Tensor) -> Tensor:
-    """`own` where `mask`, else `partner`: [B,H,W], or [B,C,H,W] with the same mask for every channel.
+    """Take `own` where `mask` is True, else `partner`.
 
-    `partner` is such a tensor too, or a number.
+    Args:
+        own: [B,H,W], or [B,C,H,W] with the same mask for every channel.
+        partner: Tensor of the same shape, or a number.
+        mask: Bool [B,H,W].
     """
     return torch.where(mask if own.dim() == mask.dim() else mask.unsqueeze(1), own, partner)
 
 
 def cut_out(image: Tensor, label: Tensor, confidence: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Outside `mask` the image gets the ImageNet mean color (0 once normalized), the label 255, the confidence 0."""
+    """Outside `mask`, set the image to ImageNet's mean color (0 after `normalize`), label to 255, confidence to 0."""
     mean, _ = imagenet_statistics(image.device)
     return mix(image, mean, mask), mix(label, IGNORE, mask), mix(confidence, 0, mask)
 
@@ -125,18 +132,22 @@ def mix_batch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mix every image of a batch with the next one; the last with `partner_of_last`, or with the first if that is None.
 
-    mode: "none", "cutout" (a box is emptied, there is no partner), "cutmix" (a box comes from the partner) or
-        "classmix" (half of the image's own classes stay, the rest comes from the partner).
-    image: float in [0, 1] [B,3,H,W]; label: int64 [B,H,W]; confidence: [B,H,W]. Several maps of either are [B,K,H,W];
-        "classmix" goes by the first label.
-    rngs: one generator an image, so that what an image is given does not depend on how the batch is split.
-    partner_of_last: image [3,H,W], label and confidence [H,W] or [K,H,W] that come after this batch: the first of the
-        next process. With it, processes mix as one that holds the whole batch does.
+    Args:
+        mode: "none", "cutout" (a box is emptied, there is no partner), "cutmix" (a box comes from the partner) or
+            "classmix" (half of the image's own classes stay, the rest comes from the partner).
+        image: float in [0, 1] [B,3,H,W].
+        label: int64 [B,H,W], or several labels [B,K,H,W], of which "classmix" uses the first.
+        confidence: [B,H,W] or [B,K,H,W].
+        rngs: A generator per image, so that the result does not depend on how the batch is split over processes.
+        partner_of_last: image [3,H,W], label and confidence [H,W] or [K,H,W] that follow this batch, the first of the
+            next process: all processes together mix as one process with the whole batch.
 
-    Raises UserError for another mode, ValueError when there are not as many generators as images.
+    Raises:
+        UserError: unknown mode.
+        ValueError: the numbers of generators and images differ.
     """
     if mode not in MODES:
-        raise UserError(f"mixing mode {mode!r} is not known: use one of {', '.join(MODES)}")
+        raise UserError(f"mixing mode is {mode!r}; it must be one of {', '.join(MODES)}")
     if len(rngs) != len(image):
         raise ValueError(f"{len(rngs)} generators for {len(image)} images")
     if mode == "none":

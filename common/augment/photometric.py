@@ -1,4 +1,4 @@
-"""Color jitter, blur and normalization: what changes colors and moves no pixel."""
+"""Color jitter and blur."""
 
 import math
 from collections.abc import Sequence
@@ -12,10 +12,14 @@ from torchvision.transforms.v2 import functional
 
 @dataclass(frozen=True)
 class PhotometricRanges:
-    """What is drawn from; the defaults are those of PRCL and CSS.
+    """Probabilities and ranges of random color changes; the defaults are those of PRCL and CSS.
 
-    Factors of brightness, contrast and saturation (1 = unchanged), hue in turns of the color circle (0 = unchanged),
-    `blur_sigma` in pixels.
+    Attributes:
+        jitter_probability: Probability of the color jitter.
+        brightness, contrast, saturation: Smallest and largest factor; 1 = unchanged.
+        hue: Smallest and largest change, in turns of the color circle; 0 = unchanged.
+        blur_probability: Probability of the blur.
+        blur_sigma: Smallest and largest standard deviation of the blur, pixels.
     """
 
     jitter_probability: float = 0.8
@@ -29,14 +33,22 @@ class PhotometricRanges:
 
 @dataclass(frozen=True)
 class Photometric:
-    """Color changes in the order they are made, as (name, amount) (empty: none), then a blur (None: none)."""
+    """Drawn color changes of an image.
+
+    Attributes:
+        jitter: (name, amount) of the changes, in the order in which they are made; empty for none.
+        blur_sigma: Standard deviation of the blur that follows, pixels; None for no blur.
+    """
 
     jitter: tuple[tuple[str, float], ...] = ()
     blur_sigma: float | None = None
 
 
 def draw_photometric(rng: Generator, ranges: PhotometricRanges = PhotometricRanges()) -> Photometric:
-    """As many draws whatever they give, so that a change of one probability leaves the other draws alone."""
+    """Draw color changes.
+
+    The number of draws is always the same, so changing one probability does not shift the others.
+    """
     jitter_chance, blur_chance = rng.random(2)
     amounts = [(name, float(rng.uniform(*getattr(ranges, name)))) for name in _COLOR_CHANGES]
     jitter = tuple(amounts[i] for i in rng.permutation(len(amounts)))
@@ -48,10 +60,10 @@ def draw_photometric(rng: Generator, ranges: PhotometricRanges = PhotometricRang
 
 
 def apply_photometric(image: Tensor, photometric: Photometric) -> Tensor:
-    """Jitter, then blur an `image` [3,H,W], uint8 or float in [0, 1]; the type stays. `image` is left as it is."""
+    """Jitter, then blur `image` [3,H,W], uint8 or float in [0, 1]; `image` is not changed."""
     if not photometric.jitter and photometric.blur_sigma is None:
         return image
-    # Float for uint8 too: the color changes are faster on it and only one rounding is made.
+    # uint8 is converted to float, on which color changes are faster and only one rounding is needed.
     result = image / 255 if image.dtype == torch.uint8 else image
     for name, amount in photometric.jitter:
         result = _COLOR_CHANGES[name](result, amount)
@@ -61,15 +73,15 @@ def apply_photometric(image: Tensor, photometric: Photometric) -> Tensor:
 
 
 def apply_photometric_batch(image: Tensor, photometrics: Sequence[Photometric]) -> Tensor:
-    """`apply_photometric` with one choice an image: `image` [B,3,H,W]."""
+    """`apply_photometric` with a choice per image: `image` [B,3,H,W]."""
     return torch.stack([apply_photometric(one, choice) for one, choice in zip(image, photometrics, strict=True)])
 
 
 def _blur(image: Tensor, sigma: float) -> Tensor:
-    """What Pillow's `GaussianBlur(sigma)` returns for `image` [3,H,W], float, but for its roundings.
+    """Blur `image` [3,H,W], float, as Pillow's `GaussianBlur(sigma)` does, without its rounding.
 
-    Three box filters along the columns and three along the rows, each of variance sigma^2 / 3: for that, the outermost
-    weights of a box are fractions. Edges are repeated. On the CPU 4 times as fast as torchvision's Gaussian.
+    Three box filters along the columns and three along the rows, each of variance sigma^2 / 3, for which the outermost
+    weights of a box are fractions. Edges are repeated. 4 times as fast as torchvision's Gaussian on the CPU.
     Source: Gwosdek et al., "Theoretical Foundations of Gaussian Convolution by Extended Box Filtering", 2011.
     """
     variance = sigma**2 / 3
@@ -88,10 +100,11 @@ def _blur(image: Tensor, sigma: float) -> Tensor:
 
 
 def adjust_hue(image: Tensor, turns: float) -> Tensor:
-    """Turn the hue of `image` [3,H,W], float: what torchvision's `adjust_hue` returns, 3 to 4 times as fast.
+    """Turn the hue of `image` [3,H,W], float, as torchvision's `adjust_hue` does, 3 to 4 times as fast.
 
-    The hue h is in sixths of a turn, from 0 (red) over 2 (green) and 4 (blue) to 6. A channel is full within 1 of its
-    own h, empty from 2 on, linear between, all stretched to lie between the pixel's lowest and highest channel.
+    The hue h is in sixths of a turn, from 0 (red) over 2 (green) and 4 (blue) to 6. A channel is 1 within a distance of
+    1 from its own h, 0 from a distance of 2 on, and linear between; the result is stretched to the range between the
+    pixel's lowest and highest channel.
     """
     red, green, blue = image.unbind(-3)
     highest = torch.maximum(torch.maximum(red, green), blue)

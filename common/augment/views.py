@@ -1,4 +1,4 @@
-"""The last step of a training view: what is done to a whole batch on the device."""
+"""Training views: the random crop in a worker, and color jitter, blur and mirroring of a batch on the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +20,13 @@ def color_jitter_blur_flip(
     rngs: Sequence[Generator],
     ranges: PhotometricRanges = PhotometricRanges(),
 ) -> Maps:
-    """Color jitter, blur and a random mirror image, as each image's generator says.
+    """Jitter colors, blur and mirror each image at random.
 
     Args:
         image: [B,3,H,W], uint8 or float in [0, 1].
         label, confidence: [B,...,H,W] or None.
+        rngs: A generator per image.
+        ranges: Probabilities and ranges of the color changes.
 
     Returns:
         The image as float in [0, 1], label and confidence.
@@ -37,11 +39,11 @@ def color_jitter_blur_flip(
 
 @dataclass(frozen=True)
 class CropTransform:
-    """Scale, pad, random crop; colors change and images are mirrored later, on the device.
+    """Random scale, padding and random crop; colors change and images are mirrored later, on the device.
 
     Attributes:
         crop_size: Height and width of the result, pixels.
-        scale_range: Of the uniform random scale.
+        scale_range: Smallest and largest scale, drawn uniformly.
     """
 
     crop_size: tuple[int, int]
@@ -57,10 +59,16 @@ class CropTransform:
 def augment_labeled(
     image: torch.Tensor, label: torch.Tensor, positions: Sequence[int], seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is left to do on the device to a labeled batch: colors, blur and mirror, as seed and positions say.
+    """Color jitter, blur and mirroring of a labeled batch on the device, determined by seed and positions.
+
+    Args:
+        image: uint8 [B,3,H,W].
+        label: int64 [B,H,W].
+        positions: Positions of the images in the stream.
+        seed: Seed of the run.
 
     Returns:
-        Image float [B,3,H,W] in [0,1], and label.
+        Image float [B,3,H,W] in [0, 1], and label.
     """
     rngs = generators(seed, "labeled, on the device", positions)
     image, label, _ = color_jitter_blur_flip(image, label, None, rngs)

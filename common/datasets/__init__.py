@@ -1,4 +1,4 @@
-"""Datasets: `open_reader` finds the tree that a config names."""
+"""Datasets: `open_reader` opens the dataset of a config."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +19,10 @@ __all__ = ["Reader", "named_classes", "open_reader", "open_source_domain"]
 
 
 def open_reader(data: DataConfig) -> Reader:
-    """The source that `data` names.
+    """Open the dataset of a config's `data` section. The built-in data (`shapes`) are made on first use.
 
-    The built-in data (`shapes`) are made on first use.
-
-    Raises UserError when the tree is not found.
+    Raises:
+        UserError: the tree is not found.
     """
     if data.dataset == "voc":
         return VOC(data.root)
@@ -40,37 +39,43 @@ def open_reader(data: DataConfig) -> Reader:
 
 
 def named_classes(data: DataConfig, num_classes: int) -> tuple[tuple[str, ...], np.ndarray]:
-    """Names and colors of the classes of `data`, without looking at its files; numbers where names are not known."""
+    """Names and palette (uint8 [256, 3]) of the classes of `data`, without reading its files.
+
+    Names are `class 0`, `class 1`, ... if the number of classes is not that of the dataset.
+    """
     known = {"cityscapes": (Cityscapes.classes, Cityscapes.palette), "gta5": (GTA5.classes, GTA5.palette)}
     names, palette = known.get(data.dataset, (VOC_CLASSES, VOC.palette))
     return (names if len(names) == num_classes else tuple(f"class {i}" for i in range(num_classes))), palette
 
 
 def open_source_domain(data: DataConfig, dataset: str, root: str | None) -> Reader:
-    """The source of other data with the same classes, for domain adaptation.
+    """Open the source domain of domain adaptation: another dataset with the same classes.
 
     Args:
-        data: The config's section, of the data that are there.
-        dataset: Kind of the others.
-        root: Their folder, by default the one that `data.root` lies in; of the built-in data, which are made on first
-            use in the second domain, by default `data.root` with `_b` behind it.
+        data: The config's section, which describes the target domain.
+        dataset: Kind of the source dataset.
+        root: Folder of the source dataset; by default the folder that contains `data.root`. Built-in data of the second
+            domain are made on first use, by default in `data.root` with the suffix `_b`.
 
-    Raises UserError when the tree is not found, is that of `data`, or has other classes.
+    Raises:
+        UserError: the tree is not found, is that of `data`, or has other classes.
     """
     built_in = dataset == "shapes"
     first = Path(data.root).expanduser()
     second = Path(root).expanduser() if root else first.with_name(f"{first.name}_b") if built_in else first.parent
     if first.resolve() == second.resolve():
-        raise UserError(f"the source of adaptation is data.root itself, {second}: give another source_root")
+        raise UserError(f"the source of adaptation is data.root itself, {second}: set source_root to another folder")
     if built_in and not is_drawn(second):
         make_shapes(second, "voc", domain="b")
     target = open_reader(data)
     if not second.is_dir():
-        raise UserError(f"the source of adaptation, {second}, is not a folder: set source_root to where its data lie")
+        raise UserError(
+            f"the source of adaptation, {second}, is not a folder: set source_root to the folder of the dataset"
+        )
     try:
         reader = open_reader(replace(data, dataset=dataset, root=str(second), split=None))
     except UserError as error:
-        raise UserError(f"{error}; set source_root to where the source of adaptation lies") from None
+        raise UserError(f"{error}; set source_root to the folder of the source of adaptation") from None
     if target.classes != reader.classes:
         raise UserError(f"{second} has other classes than {first}: {len(reader.classes)} and {len(target.classes)}")
     reader.skip_bad_files = data.skip_bad_files

@@ -1,4 +1,4 @@
-"""Cityscapes, as published and as the papers' releases arrange it."""
+"""Cityscapes, in the published layout and in the layouts of the papers' releases."""
 
 from itertools import chain
 from pathlib import Path
@@ -9,7 +9,7 @@ from common import IGNORE
 from common.datasets.reader import Reader, Subset, existing_root, no_layout, table_of
 from common.errors import UserError
 
-# Class id (train id) is the place in each of these. Source: the label table of the Cityscapes scripts.
+# The index in each of these is the class id (train id). Source: the label table of the Cityscapes scripts.
 CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
     "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
@@ -41,21 +41,24 @@ SUBSETS = ("train", "val", "train_extra", "test")
 
 
 def class_colors() -> np.ndarray:
-    """uint8 [256, 3], the colors of the 19 classes; black for all else."""
+    """Palette uint8 [256, 3]: the colors of the 19 classes; black for all other ids."""
     colors = np.zeros((256, 3), np.uint8)
     colors[: len(COLORS)] = COLORS
     return colors
 
 
 class Cityscapes(Reader):
-    """Ids such as `aachen_000013_000019_leftImg8bit`, in every tree. Known are, under `root` or `cityscapes` below it:
+    """Ids such as `aachen_000013_000019_leftImg8bit`. Supported layouts, under `root` or `cityscapes` below it:
 
     - images in `leftImg8bit/<subset>/<city>/<id>.png`, or that below `leftImg8bit_trainvaltest`;
-      labels in `gtFine/<subset>/<city>/`, that below `gtFine_trainvaltest`, or `<subset>/<city>/` (PRCL), with endings
+      labels in `gtFine/<subset>/<city>/`, that below `gtFine_trainvaltest`, or `<subset>/<city>/` (PRCL), with suffixes
       `_gtFine_labelIds.png` (mapped to train ids here), `_gtFine_labelTrainIds.png` or `_gtFine_trainIds.png` (CSS);
     - `images/<subset>/<stem>.png` and `segmentation/<subset>/<stem>_gtFine.png` of train ids (CPS, CPCL).
 
-    Label ids are preferred where a tree has both kinds. Raises UserError when no tree is found.
+    Label ids are preferred if a tree has both kinds.
+
+    Raises:
+        UserError: no tree is found.
     """
 
     classes = CLASSES
@@ -92,7 +95,7 @@ class Cityscapes(Reader):
         return sorted(path.stem for path in (self._images / subset).glob(f"*/*{IMAGE_SUFFIX}.png"))
 
     def id_of(self, path: str) -> str:
-        return Path(path).stem.removesuffix(IMAGE_SUFFIX) + IMAGE_SUFFIX  # the lists of CPS leave it away
+        return Path(path).stem.removesuffix(IMAGE_SUFFIX) + IMAGE_SUFFIX  # CPS's lists omit the suffix
 
     def _image_candidates(self, name: str) -> list[Path]:
         stem = _stem(name)
@@ -119,6 +122,6 @@ def _folder_of_subsets(candidates: list[Path]) -> Path | None:
 def _stem(name: str) -> str:
     if not name.endswith(IMAGE_SUFFIX):
         raise UserError(
-            f"{name} is no Cityscapes id: ids end with {IMAGE_SUFFIX}, as aachen_000013_000019{IMAGE_SUFFIX}"
+            f"{name} is not a Cityscapes id: ids end with {IMAGE_SUFFIX}, e.g. aachen_000013_000019{IMAGE_SUFFIX}"
         )
     return name.removesuffix(IMAGE_SUFFIX)

@@ -1,4 +1,4 @@
-"""Any folder of images beside a folder of labels."""
+"""A dataset from a folder of images and a folder of labels."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ IGNORED = "ignore"
 
 @dataclass(frozen=True)
 class ClassList:
-    """What a class list says.
+    """Content of a class list.
 
     Attributes:
-        names: of the classes, in the order of their ids.
-        colors: of the classes in masks of colors; empty where masks hold ids.
-        ignored_ids, ignored_colors: what in the masks is no class and becomes 255, which always is.
+        names: Names of the classes, in the order of their ids.
+        colors: Colors of the classes in label pictures; empty if labels contain ids.
+        ignored_ids, ignored_colors: Label values and colors that become 255; the value 255 is always ignored.
     """
 
     names: tuple[str, ...]
@@ -47,20 +47,23 @@ class ClassList:
 
 
 class Folder(Reader):
-    """Ids are the stems of the image files. Labels are PNGs: palette or 8-bit gray ones of 0..C-1 and 255, or pictures
-    of any kind where the class list has colors.
+    """Reader of any dataset with a folder of images and a folder of labels.
+
+    Ids are the stems of the image files. Labels are PNGs: palette or 8-bit gray pictures with values 0..C-1 and 255, or
+    pictures of any kind if the class list has colors.
 
     Args:
-        root: folder of the dataset.
-        image_dir: folder of the images (.jpg, .png, .webp), absolute or below `root`. `{subset}` in it stands for
+        root: Folder of the dataset.
+        image_dir: Folder of the images (.jpg, .png, .webp), absolute or below `root`. `{subset}` in it stands for
             `train` and `val`: `images/{subset}`, or `{subset}` beside `{subset}annot`. Without it, `val.txt` below
-            `root` lists the ids for validation, and all others are for training; without both, a split says.
-        label_dir: folder of the labels, in the same way. Files have the stem of their image, or all of
-            them have the same ending after it (`0001TP_L.png`). Images for training may lack one.
-        classes: text file below `root`, a class a line, in the order of the ids: `road`, or `road 128 64 128` with its
-            color. Lines `ignore 250` and `ignore 0 0 0` name ids and colors that are no class.
+            `root` lists the ids for validation, and all others are for training; without both, a split is needed.
+        label_dir: Folder of the labels, in the same way. Files have the stem of their image, optionally followed by the
+            same ending in all of them (`0001TP_L.png`). Images for training may lack a label.
+        classes: Text file below `root` with a class per line, in the order of the ids: `road`, or `road 128 64 128`
+            with its color. Lines such as `ignore 250` and `ignore 0 0 0` name ids and colors to be ignored.
 
-    Raises UserError when a folder or the class list is missing, a line of it is wrong, or an id occurs twice.
+    Raises:
+        UserError: a folder or the class list is missing, the list has a wrong line, or an id occurs twice.
     """
 
     def __init__(self, root: str | Path, image_dir: str, label_dir: str, classes: str) -> None:
@@ -78,7 +81,7 @@ class Folder(Reader):
         self._images = _files(root, image_dir, IMAGE_SUFFIXES)
         if not self._images:
             raise UserError(
-                f"no images in {root / image_dir}: set data.image_dir; known endings are {', '.join(IMAGE_SUFFIXES)}"
+                f"no images in {root / image_dir}: set data.image_dir; file endings are {', '.join(IMAGE_SUFFIXES)}"
             )
         self._labels = _files(root, label_dir, LABEL_SUFFIXES)
         self._ending = _common_ending(self._images, self._labels)
@@ -101,7 +104,7 @@ class Folder(Reader):
 
     @property
     def has_validation(self) -> bool:
-        """Whether the folders or a list say which images are for validation."""
+        """Do the folders or `val.txt` define the images for validation?"""
         return self._by_subset or (self._root / "val.txt").is_file()
 
     def stray_labels(self) -> list[str]:
@@ -118,8 +121,8 @@ class Folder(Reader):
             return torch.from_numpy(ids)
         if picture.mode in ("RGB", "RGBA"):
             raise UserError(
-                f"label {path} is a picture of colors: write those of the classes into {self._list_path}, "
-                "as in `road 128 64 128`"
+                f"label {path} is a picture of colors: add the colors of the classes to {self._list_path}, "
+                "e.g. `road 128 64 128`"
             )
         return torch.from_numpy(apply_table(self._label_table(path), stored_ids(picture, path), path))
 
@@ -135,9 +138,9 @@ class Folder(Reader):
 
 
 def read_classes(path: Path) -> ClassList:
-    """Read a class list. Raises UserError naming the line that is wrong."""
+    """Read a class list. Raises UserError if it is missing or wrong."""
     if not path.is_file():
-        raise UserError(f"no class list {path}: write one name a line, in the order of the ids, and set data.classes")
+        raise UserError(f"no class list {path}: write one name per line, in the order of the ids, and set data.classes")
     lines = [_class_line(line) for line in read_lines(path)]
     classes = [(name, values) for name, values in lines if name != IGNORED or not values]
     ignored = [values for name, values in lines if name == IGNORED and values]
@@ -153,7 +156,7 @@ def read_classes(path: Path) -> ClassList:
 
 
 def _class_line(line: str) -> tuple[str, tuple[int, ...]]:
-    """The name in a line and the numbers after it: a color, an ignored value, or none."""
+    """Name in a line, and the numbers after it: a color, an ignored value, or nothing."""
     words = line.replace(",", " ").split()
     count = 1 if words[0] == IGNORED and len(words) == 2 else 3
     values = words[-count:]
@@ -163,14 +166,14 @@ def _class_line(line: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _wrong_classes(found: ClassList, colorless: list[str]) -> str | None:
-    """What is wrong with a class list, if anything is."""
+    """Description of the first problem of a class list; None if there is none."""
     count = len(found.names)
     if not 1 < count <= UNKNOWN:
-        return f"it has {count} names, and takes 2 to {UNKNOWN}"
+        return f"it has {count} names; it must have 2 to {UNKNOWN}"
     if IGNORED in found.names:
-        return f"the line {IGNORED!r} has no value: `{IGNORED} 250` or `{IGNORED} 0 0 0`"
+        return f"the line {IGNORED!r} has no value: write `{IGNORED} 250` or `{IGNORED} 0 0 0`"
     if found.colors and colorless:
-        return f"{colorless[0]} has no color, but others have"
+        return f"{colorless[0]} has no color, but other classes have one"
     if any(max(color) > IGNORE for color in (*found.colors, *found.ignored_colors, found.ignored_ids or (0,))):
         return f"a value is above {IGNORE}"
     for values in (found.names, (*found.colors, *found.ignored_colors)):
@@ -183,7 +186,7 @@ def _wrong_classes(found: ClassList, colorless: list[str]) -> str | None:
 
 
 def _files(root: Path, pattern: str, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Files by stem, in `pattern` or in what it stands for. Raises UserError when a stem occurs twice."""
+    """Files by stem, in the folders of `pattern`. Raises UserError if a stem occurs twice."""
     found: dict[str, Path] = {}
     for folder in sorted({root / pattern.replace(SUBSET_FIELD, subset) for subset in ("train", "val")}):
         for path in sorted(folder.glob("*")):
@@ -196,7 +199,7 @@ def _files(root: Path, pattern: str, suffixes: tuple[str, ...]) -> dict[str, Pat
 
 
 def _common_ending(images: dict[str, Path], labels: dict[str, Path]) -> str:
-    """What follows the image's stem in the names of the labels: nothing where any label has the stem of an image."""
+    """Text after the image's stem in the names of the labels; empty if any label has the stem of an image."""
     if images.keys() & labels.keys():
         return ""
     for label in sorted(labels):

@@ -31,15 +31,18 @@ VOID_COLORS = (
     (150, 100, 100), (150, 120, 90), (0, 0, 90), (0, 0, 110),
 )  # fmt: skip
 # Gray labels come from the memory-bank release, whose preparation script writes 250 for void.
-GREY_TABLE = table_of(range(len(cityscapes.CLASSES)), (250, IGNORE))
+GRAY_TABLE = table_of(range(len(cityscapes.CLASSES)), (250, IGNORE))
 
 
 class GTA5(Reader):
     """Ids such as `00001`, in `images/<id>.png` and `labels/<id>.png`, or in `{train,val}` below each.
 
-    Labels are told by their color, in RGB or palette PNGs; gray PNGs hold train ids already. A label in `label_ids`
-    comes before that in `labels`: the same, translated once. The published data have no validation part, so the flat
-    tree has none. Raises UserError when no tree is found.
+    Classes are identified by their colors in RGB or palette PNGs; gray PNGs contain train ids. A label in `label_ids`,
+    translated to train ids once, is preferred to that in `labels`. The published data have no validation part, so the
+    flat tree has none.
+
+    Raises:
+        UserError: no tree is found.
     """
 
     classes = cityscapes.CLASSES
@@ -66,7 +69,7 @@ class GTA5(Reader):
         if unknown:
             color = next(iter(unknown))
             raise UserError(
-                f"label {path} holds the color {color}, which GTA5 does not define: mend it, or paint it black"
+                f"label {path} contains the color {color}, which GTA5 does not define: correct it, or paint it black"
             )
         return torch.from_numpy(label)
 
@@ -78,18 +81,19 @@ class GTA5(Reader):
         return [self._root / folder / subset / f"{name}.png" for folder, subset in places]
 
     def _label_table(self, path: Path) -> np.ndarray:
-        return GREY_TABLE
+        return GRAY_TABLE
 
 
 def class_ids(picture: Image.Image, path: Path) -> tuple[np.ndarray, Counter[Color]]:
-    """Class ids of the decoded label `picture`, whatever its kind.
+    """Class ids of the decoded label `picture` of any kind.
 
     Returns:
-        uint8 [H, W], 255 also where a color is none of GTA5's; and how many pixels each such color has.
+        uint8 [H, W], 255 also for colors that GTA5 does not define; and the number of pixels of each such color.
 
-    Raises UserError naming `path` where a gray picture holds other numbers than class ids, or another one numbers that
-    its palette lacks.
+    Raises:
+        UserError: a gray picture contains values other than class ids, or a palette picture indices that its palette
+            lacks; the message names `path`.
     """
     if picture.mode in ("RGB", "RGBA", "P"):
         return map_colors(picture, path, cityscapes.COLORS, VOID_COLORS)
-    return apply_table(GREY_TABLE, stored_ids(picture, path), path), Counter()
+    return apply_table(GRAY_TABLE, stored_ids(picture, path), path), Counter()

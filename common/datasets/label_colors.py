@@ -1,4 +1,4 @@
-"""Labels that are pictures of colors: RGB files, and palette files of which the palette's colors count."""
+"""Labels stored as colors, in RGB files or in palette files whose palette colors count."""
 
 from collections import Counter
 from functools import lru_cache
@@ -20,16 +20,17 @@ def ids_of_colors(
     """Class ids uint8 [H, W] of a picture of colors.
 
     Args:
-        picture, path, colors, ignored: as for `map_colors`.
-        known: who says which colors there are, for messages.
+        picture, path, colors, ignored: As for `map_colors`.
+        known: Source of the list of colors, for messages.
 
-    Raises UserError naming a color that is neither, and for other kinds of pictures.
+    Raises:
+        UserError: a color that is not listed (it is named), or another kind of picture.
     """
     label, unknown = map_colors(picture, path, colors, ignored)
     if unknown:
         color = next(iter(unknown))
         raise UserError(
-            f"label {path} holds the color {color}, which {known} does not define: mend it, or add it there"
+            f"label {path} contains the color {color}, which {known} does not define: correct it, or add it there"
         )
     return label
 
@@ -37,18 +38,19 @@ def ids_of_colors(
 def map_colors(
     picture: Image.Image, path: Path, colors: tuple[Color, ...], ignored: tuple[Color, ...]
 ) -> tuple[np.ndarray, Counter[Color]]:
-    """Class ids of a picture of colors, and what colors they do not cover.
+    """Class ids of a picture of colors, and the colors that are not listed.
 
     Args:
-        picture: RGB, RGBA (of which alpha is left out) or palette.
-        path: its file, for messages.
-        colors: of the classes, in the order of their ids.
-        ignored: of pixels that become 255.
+        picture: RGB, RGBA (alpha is not used) or palette picture.
+        path: File of the picture, for messages.
+        colors: Colors of the classes, in the order of their ids.
+        ignored: Colors of pixels that become 255.
 
     Returns:
-        uint8 [H, W], 255 also where a color is neither; and how many pixels each such color has.
+        uint8 [H, W], 255 also for colors that are not listed; and the number of pixels of each such color.
 
-    Raises UserError for other kinds of pictures, and where the palette lacks a number that the picture holds.
+    Raises:
+        UserError: another kind of picture, or an index that the palette lacks.
     """
     table = _color_table(colors, ignored)
     if picture.mode in ("RGB", "RGBA"):
@@ -70,14 +72,14 @@ def map_colors(
 
 
 def _packed(colors: np.ndarray) -> np.ndarray:
-    """One number for a color [..., 3]: red, green and blue from the highest byte down."""
+    """A number per color [..., 3]: red, green and blue from the highest byte down."""
     wide = colors.astype(np.uint32)
     return wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
 
 
 @lru_cache(maxsize=4)
 def _color_table(colors: tuple[Color, ...], ignored: tuple[Color, ...]) -> np.ndarray:
-    """uint8 [2**24]: class id, 255 or `UNKNOWN` of every color. 16 MB that make reading a label one look-up."""
+    """Table uint8 [2**24]: class id, 255 or `UNKNOWN` for each color. 16 MB, so that each pixel is one look-up."""
     table = np.full(1 << 24, UNKNOWN, np.uint8)
     table[_packed(np.array(colors))] = np.arange(len(colors))
     if ignored:

@@ -1,4 +1,4 @@
-"""A source finds and decodes one dataset tree. It knows nothing of splits, crops or training."""
+"""Readers find and decode a dataset tree. Splits, crops and training are elsewhere."""
 
 import os
 from abc import ABC, abstractmethod
@@ -14,20 +14,20 @@ from torch import Tensor
 from common import IGNORE
 from common.errors import UserError
 
-# What a table of label values says of a value it does not know. Never a class: a dataset has fewer than 254 of them.
+# Entry of a label table for undefined values. It is not a class id: a dataset has at most 254 classes, 0 to 253.
 UNKNOWN = 254
 
 Subset = Literal["train", "val"]
 
 
 class Reader(ABC):
-    """One dataset tree.
+    """Reader of one dataset tree.
 
     Attributes:
-        classes: names; the index is the class id inside the project.
-        palette: uint8 [256, 3], the colors of class ids in pictures.
-        layout: which tree was found, in words.
-        skip_bad_files: whether training goes on without files that cannot be read.
+        classes: Names of the classes; the index is the class id inside the project.
+        palette: uint8 [256, 3], colors of class ids in pictures.
+        layout: Description of the tree that was found.
+        skip_bad_files: Continue training without files that cannot be read.
     """
 
     classes: tuple[str, ...]
@@ -37,37 +37,38 @@ class Reader(ABC):
 
     @abstractmethod
     def names(self, subset: Subset) -> list[str]:
-        """Sorted ids of the images that the tree has for training or validation: what splits are made from."""
+        """Sorted ids of all images for training or validation, from which splits are made."""
 
     @abstractmethod
     def _image_candidates(self, name: str) -> list[Path]:
-        """Where the image of `name` may lie, in order of preference."""
+        """Possible paths of the image of `name`, in order of preference."""
 
     @abstractmethod
     def _label_candidates(self, name: str) -> list[Path]:
-        """Where the label of `name` may lie, in order of preference."""
+        """Possible paths of the label of `name`, in order of preference."""
 
     @abstractmethod
     def _label_table(self, path: Path) -> np.ndarray:
-        """uint8 [256]: class id, 255 or `UNKNOWN` for every value that the label file may hold."""
+        """uint8 [256]: class id, 255 or `UNKNOWN` for each value in the label file at `path`."""
 
     def id_of(self, path: str) -> str:
-        """The id of the image at `path`, as lists that hold paths have it: its name without folder and ending."""
+        """Id of the image at `path` in a list of paths: the file name without folder and suffix."""
         return Path(path).stem
 
     def image_path(self, name: str) -> Path:
-        """Raises UserError naming the path when there is no such file."""
+        """Path of the image of `name`. Raises UserError naming the path if the file is missing."""
         return _first_file("image", name, self._image_candidates(name))
 
     def label_path(self, name: str) -> Path:
-        """Raises UserError naming the path when there is no such file."""
+        """Path of the label of `name`. Raises UserError naming the path if the file is missing."""
         return _first_file("label", name, self._label_candidates(name))
 
     def has_label(self, name: str) -> bool:
+        """Does `name` have a label file?"""
         return any(path.is_file() for path in self._label_candidates(name))
 
     def check_size(self, name: str, with_label: bool) -> None:
-        """Look at the headers of an image and its label. Raises UserError where one is no picture or sizes differ."""
+        """Compare the sizes in the headers of image and label. Raises UserError if they differ or cannot be read."""
         image = self.image_path(name)
         size = picture_size(image, "image")
         if with_label:
@@ -75,15 +76,15 @@ class Reader(ABC):
             _same_size(image, size, label, picture_size(label, "label"))
 
     def read_image(self, name: str) -> Tensor:
-        """uint8 [3, H, W] RGB. Raises UserError for a missing, broken or 16-bit file."""
+        """uint8 [3, H, W] RGB. Raises UserError for a missing, damaged or 16-bit file."""
         return read_picture(self.image_path(name))
 
     def read_label(self, name: str) -> Tensor:
-        """uint8 [H, W]: class ids, 255 = ignore. Raises UserError for a missing or broken file or an unknown value."""
+        """uint8 [H, W]: class ids, 255 = ignore. Raises UserError if missing, damaged, or with other values."""
         return self._decode_label(self.label_path(name))
 
     def read_pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """`read_image` and `read_label`. Raises UserError naming both sizes when they differ."""
+        """`read_image` and `read_label`. Raises UserError naming both sizes if they differ."""
         image_path, label_path = self.image_path(name), self.label_path(name)
         image, label = read_picture(image_path), self._decode_label(label_path)
         sizes = [(tensor.shape[-1], tensor.shape[-2]) for tensor in (image, label)]
@@ -97,22 +98,22 @@ class Reader(ABC):
 
 
 def read_picture(path: Path) -> Tensor:
-    """uint8 [3, H, W] RGB. Raises UserError for a broken or 16-bit file."""
+    """Read a picture: uint8 [3, H, W] RGB. Raises UserError for a damaged or 16-bit file."""
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith("I"):
-                raise UserError(f"image {path} has 16 bits a channel: save it with 8")
+                raise UserError(f"image {path} has 16 bits per channel: save it with 8")
             pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except UserError:
         raise
-    except Exception as error:  # what Pillow's decoders raise on damaged bytes has no common kind
+    except Exception as error:  # the errors of Pillow's decoders on damaged bytes have no common base class
         raise UserError(f"image {path} cannot be decoded ({_reason(error)}): restore or remove it") from None
-    # Not made contiguous: resizing reads this layout faster than planes.
+    # Not made contiguous: resizing is faster on this layout than on planes.
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def picture_size(path: Path, what: str) -> tuple[int, int]:
-    """Width and height in the header of a picture. Raises UserError, with the word for `what` it is, if it is none."""
+    """Width and height in the header of a picture. Raises UserError, naming `what` it is, if unreadable."""
     try:
         with Image.open(path) as header:
             return header.size
@@ -129,10 +130,10 @@ def _same_size(image: Path, image_size: tuple[int, int], label: Path, label_size
 
 
 def open_label(path: Path) -> Image.Image:
-    """The decoded label picture in its own mode: palette pictures keep their indices. Raises UserError if broken."""
+    """Decode a label in its own mode, so that palette pictures keep their indices. Raises UserError if damaged."""
     try:
         with Image.open(path) as picture:
-            # Pillow stretches gray of 2 and 4 bits to 0..255; the ids would silently become others.
+            # Pillow stretches gray of 2 and 4 bits to 0..255, which would silently change the ids.
             stretched = picture.mode == "L" and picture.tile[0][3] in ("L;2", "L;4")
             picture.load()
     except Exception as error:  # as above
@@ -143,16 +144,17 @@ def open_label(path: Path) -> Image.Image:
 
 
 def stored_ids(picture: Image.Image, path: Path) -> np.ndarray:
-    """uint8 [H, W]: the numbers a palette or 8-bit gray picture holds. Raises UserError for any other picture."""
+    """Values of a palette or 8-bit gray picture, uint8 [H, W]. Raises UserError for any other picture."""
     if picture.mode not in ("P", "L"):
         raise UserError(f"label {path} has mode {picture.mode}: save it as an 8-bit gray or palette PNG of class ids")
     return np.array(picture)
 
 
 def apply_table(table: np.ndarray, stored: np.ndarray, path: Path) -> np.ndarray:
-    """`table` (uint8 [256]) at every value of `stored`. Raises UserError naming the values it does not know.
+    """Look up each value of `stored` (uint8) in `table` (uint8 [256]); the result may be `stored` itself.
 
-    What comes back may be `stored` itself.
+    Raises:
+        UserError: values that the table does not define; they are named.
     """
     if _is_mapped(table, stored):
         return stored
@@ -167,9 +169,9 @@ def apply_table(table: np.ndarray, stored: np.ndarray, path: Path) -> np.ndarray
 
 
 def _is_mapped(table: np.ndarray, stored: np.ndarray) -> bool:
-    """Whether `stored` holds nothing but the first values, which are class ids already, and 255.
+    """Are all values in `stored` either 255 or values that the table maps to themselves?
 
-    Most datasets store class ids. To look for the largest takes a twentieth of the time of a table for every pixel.
+    Most datasets store class ids; finding the largest takes a twentieth of the time of looking up every pixel.
     """
     if table[IGNORE] != IGNORE:
         return False
@@ -178,7 +180,7 @@ def _is_mapped(table: np.ndarray, stored: np.ndarray) -> bool:
 
 
 def table_of(ids: Iterable[int], ignored: Iterable[int] = (IGNORE,)) -> np.ndarray:
-    """uint8 [256]: the i-th of `ids` becomes class i, `ignored` become 255, all else is unknown."""
+    """Label table uint8 [256]: the i-th of `ids` becomes class i, `ignored` become 255, all else `UNKNOWN`."""
     table = np.full(256, UNKNOWN, np.uint8)
     for class_id, stored in enumerate(ids):
         table[stored] = class_id
@@ -187,31 +189,31 @@ def table_of(ids: Iterable[int], ignored: Iterable[int] = (IGNORE,)) -> np.ndarr
 
 
 def existing_root(root: str | Path) -> Path:
-    """`root` as a path. Raises UserError when it is no folder."""
+    """`root` as a path. Raises UserError if it is not a folder."""
     path = Path(root).expanduser()
     if not path.is_dir():
-        raise UserError(f"data root {path} is not a folder: set data.root to where the dataset lies")
+        raise UserError(f"data root {path} is not a folder: set data.root to the folder of the dataset")
     return path
 
 
 def no_layout(dataset: str, root: Path, wanted: Iterable[str]) -> UserError:
-    """The error for a root under which none of the known trees lies."""
+    """Error for a root without any of the supported trees."""
     return UserError(f"no {dataset} tree under {root}: looked for {', '.join(wanted)}")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a list that are not blank, without spaces and carriage returns around them."""
+    """Lines of a text file that are not blank, without surrounding white space. Raises UserError if unreadable."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"list {path} is no text in UTF-8: save it as UTF-8") from None
+        raise UserError(f"list {path} is not UTF-8 text: save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"list {path} cannot be read: {error.strerror}") from None
     return [line.strip() for line in lines if line.strip()]
 
 
 def voc_palette() -> np.ndarray:
-    """uint8 [256, 3], VOC's color map: bits of the id, three at a time, are the high bits of red, green and blue."""
+    """VOC's color map uint8 [256, 3]: bits of the id, three at a time, are the high bits of red, green and blue."""
     ids = np.arange(256)[:, None] >> np.arange(0, 24, 3)
     return np.stack([((ids >> channel & 1) << np.arange(7, -1, -1)).sum(1) for channel in range(3)], 1).astype(np.uint8)
 
@@ -230,6 +232,6 @@ def _first_file(kind: str, name: str, candidates: list[Path]) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    """What a decoder said, without the place in its C++ source."""
+    """Message of a decoder's error, without the location in its C++ source."""
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return text.rsplit(".cpp:", 1)[-1].split(", ", 1)[-1].split(". ", 1)[0]

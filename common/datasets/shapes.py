@@ -1,13 +1,13 @@
-"""The built-in data: drawn scenes of simple objects, written as genuine VOC, Cityscapes or GTA5 trees.
+"""The built-in data: drawn scenes of simple objects, written as VOC, Cityscapes or GTA5 trees.
 
-Made in seconds on first use and the same for the same seed, so that every command of this project can be tried without
-a download. A scene is a background with clutter, then objects drawn from back to front, then light and camera. A class
-is told by its outline and its texture; the hues of neighboring classes overlap, and size, turn, light, occlusion, blur
-and noise vary, so that a few labels do not cover what many scenes show. Two domains, "a" and "b", show the same classes
-in another light, other colors and through another camera, for domain adaptation.
+They are made in seconds on first use and are the same for the same seed, so that every command of this project can be
+tried without a download. A scene is a background with clutter, then objects drawn from back to front, then light and
+camera. Classes differ in outline and texture; the hues of neighboring classes overlap, and size, rotation, light,
+occlusion, blur and noise vary, so that a few labels do not cover the variety of many scenes. The domains "a" and "b"
+show the same classes in different light and colors and with different cameras, for domain adaptation.
 
-Everything is drawn with signed distances (in pixels, negative inside an outline): soft edges and the border of the
-label follow from the same number.
+Everything is drawn with signed distances (in pixels, negative inside an outline), from which both the soft edges and
+the border of the label are derived.
 """
 
 import colorsys
@@ -33,9 +33,9 @@ Domain = Literal["a", "b"]
 
 CLASSES = ("background", "disc", "ring", "box", "star", "triangle", "cross")
 STAMP = "shapes.json"
-DRAWING = 1  # raised whenever scenes come out otherwise than before, so that results are never of mixed data
-# What makes the data easy or hard: so set that a ResNet-18 from scratch, in 600 steps of 8 crops, comes to an mIoU of
-# 74 to 76 with all 512 labels and of 46 to 53 with 16 (benchmarks/results/shapes.jsonl).
+DRAWING = 1  # raised whenever scenes change, so that results never come from mixed data
+# Difficulty of the data, chosen so that a ResNet-18 from scratch, in 600 steps of 8 crops, reaches an mIoU of 74 to 76
+# with all 512 labels and of 46 to 53 with 16 (benchmarks/results/shapes.jsonl).
 HUE_SPREAD = 0.12  # on either side of a class's hue, in turns of the color circle; classes are 1/6 apart
 MARKS, OBJECTS = (3, 10), (1, 5)  # how many a scene has, the upper bound not included
 RADIUS = (0.2, 0.4)  # of an object, in shorter sides of the scene
@@ -52,7 +52,7 @@ class Scene(NamedTuple):
 
 @dataclass(frozen=True)
 class Look:
-    """What the scenes of a domain have in common. Pairs are ranges of uniform draws; colors are in [0, 1]."""
+    """Look of the scenes of a domain. Pairs are ranges of uniform draws; colors are in [0, 1]."""
 
     hue_shift: float
     saturation: tuple[float, float]
@@ -130,7 +130,7 @@ def _dots(u: np.ndarray, v: np.ndarray, wavelength: float) -> np.ndarray:
     return np.tanh(1.2 * (0.36 * wavelength - from_centre))
 
 
-def _readable_error(u: np.ndarray, v: np.ndarray, wavelength: float) -> np.ndarray:
+def _plain(u: np.ndarray, v: np.ndarray, wavelength: float) -> np.ndarray:
     return np.tanh(u / (4 * wavelength))
 
 
@@ -148,10 +148,10 @@ class Kind(NamedTuple):
 
 
 KINDS = (  # in the order of CLASSES, background left out
-    Kind(_disc, _readable_error, 0 / 6, 0),
+    Kind(_disc, _plain, 0 / 6, 0),
     Kind(_ring, _stripes, 1 / 6, 1 / 2),
     Kind(_rectangle, _checks, 2 / 6, 0),
-    Kind(_star, _readable_error, 3 / 6, 1 / 3),
+    Kind(_star, _plain, 3 / 6, 1 / 3),
     Kind(_triangle, _dots, 4 / 6, 1 / 3),
     Kind(_cross, _stripes, 5 / 6, 0),
 )
@@ -159,7 +159,7 @@ KINDS = (  # in the order of CLASSES, background left out
 
 
 class Canvas:
-    """What is being drawn: `image` float [H, W, 3] in [0, 1] and `label` uint8 [H, W]."""
+    """The scene being drawn: `image` float [H, W, 3] in [0, 1] and `label` uint8 [H, W]."""
 
     def __init__(self, image: np.ndarray) -> None:
         self.image = image
@@ -167,12 +167,12 @@ class Canvas:
         self.rows, self.columns = np.indices(self.label.shape, np.float32)
 
     def paint(self, color: np.ndarray, distance: np.ndarray) -> None:
-        """Put `color` ([3] or [H, W, 3]) where `distance` is negative, with an edge one pixel soft."""
+        """Paint `color` ([3] or [H, W, 3]) where `distance` is negative, with a soft edge of one pixel."""
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
         self.image += cover * (color - self.image)
 
     def place(self, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Coordinates [H, W] in pixels of an object put anywhere, turned and stretched at random."""
+        """Coordinates [H, W] in pixels of an object with random position, rotation and stretch."""
         height, width = self.label.shape
         y, x = self.rows - rng.uniform(0, height), self.columns - rng.uniform(0, width)
         angle, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.25)
@@ -182,7 +182,7 @@ class Canvas:
 
 
 def draw_scene(rng: Generator, size: tuple[int, int], domain: Domain = "a") -> Scene:
-    """Draw one scene of `size` (height, width) pixels. Everything random comes from `rng`."""
+    """Draw one scene of `size` (height, width) pixels. All random numbers come from `rng`."""
     look = LOOKS[domain]
     canvas = Canvas(_ground(rng, size, look))
     for _ in range(rng.integers(*MARKS)):
@@ -194,7 +194,7 @@ def draw_scene(rng: Generator, size: tuple[int, int], domain: Domain = "a") -> S
 
 
 def _ground(rng: Generator, size: tuple[int, int], look: Look) -> np.ndarray:
-    """The background, float [H, W, 3]: two colors that flow into each other, at a coarse and at a fine scale."""
+    """Background, float [H, W, 3]: two colors blended at a coarse and at a fine scale."""
     first, second = (_color(rng, rng.uniform(), GROUND_SATURATION, look.ground_value) for _ in range(2))
     flow = _smooth_noise(rng, size, cells=4) + rng.uniform(0, 0.5) * _smooth_noise(rng, size, cells=24)
     share = np.clip(0.5 + 0.5 * flow, 0, 1)[..., None]
@@ -221,7 +221,7 @@ def _draw_mark(rng: Generator, canvas: Canvas) -> None:
 
 
 def _draw_object(rng: Generator, canvas: Canvas, radius: float, look: Look) -> None:
-    """Draw one object of a random class over what is there, in image and label alike."""
+    """Draw one object of a random class over the scene, in image and label."""
     class_id = int(rng.integers(1, len(CLASSES)))
     kind = KINDS[class_id - 1]
     u, v = canvas.place(rng)
@@ -237,7 +237,7 @@ def _draw_object(rng: Generator, canvas: Canvas, radius: float, look: Look) -> N
 
 
 def _photograph(rng: Generator, canvas: Canvas, look: Look) -> np.ndarray:
-    """Light that falls from one side, a color cast, blur and noise; uint8 [H, W, 3]."""
+    """Apply light from one side, a color cast, blur and noise; uint8 [H, W, 3]."""
     angle = rng.uniform(0, 2 * np.pi)
     slope = np.cos(angle) * canvas.columns + np.sin(angle) * canvas.rows
     light = rng.uniform(*look.light) * (1 + rng.uniform(0, 0.5) * (slope - slope.mean()) / np.ptp(slope))
@@ -260,13 +260,20 @@ def make_shapes(
     seed: int = 0,
     domain: Domain = "a",
 ) -> None:
-    """Make the tree at `root`, unless it is there already. It appears whole or not at all.
+    """Make the tree at `root`, unless it exists. It appears complete or not at all.
 
-    `layout` is the dataset whose files are imitated: "voc" (class ids as in `CLASSES`, 255 = border), "cityscapes"
-    (the label ids of the first train ids, 0 = unlabeled) or "gta5" (the same ids, in the colors of Cityscapes).
-    `train` and `val` count images of `size` (height, width). GTA5 has no lists: all its images serve as one set.
+    Args:
+        root: Folder of the tree.
+        layout: Dataset whose files are imitated: "voc" (class ids as in `CLASSES`, 255 = border), "cityscapes" (the
+            label ids of the first train ids, 0 = unlabeled) or "gta5" (the same ids, in the colors of Cityscapes; it
+            has no lists, all images are one set).
+        train, val: Number of images for training and validation.
+        size: (height, width) of the images, pixels.
+        seed: Seed of the scenes.
+        domain: "a" or "b".
 
-    Raises UserError when `root` holds anything else, also a tree of other parameters: nothing is ever written over.
+    Raises:
+        UserError: `root` contains anything else, including a tree of other parameters: nothing is overwritten.
     """
     if layout not in WRITERS:
         raise UserError(f'built-in data: no layout "{layout}", give one of {", ".join(WRITERS)}')
@@ -290,36 +297,38 @@ def make_shapes(
         try:
             os.rename(tree, root)
         except OSError:
-            # Another process was faster: its tree is as good as ours if the parameters agree.
+            # Another process was faster; its tree is the same if the parameters agree.
             if not _is_made(root, stamp):
                 raise
 
 
 def is_drawn(root: Path) -> bool:
-    """Whether built-in data, of whatever size and seed, are at `root`. Raises UserError for those of other drawings."""
+    """Are built-in data of any size and seed at `root`? Raises UserError for data of another version of the drawing."""
     if not (root / STAMP).is_file():
         return False
     drawing = json.loads((root / STAMP).read_text(encoding="utf-8")).get("drawing")
     if drawing != DRAWING:
-        raise UserError(f"{root} holds built-in data of another version ({drawing}, not {DRAWING}): remove it")
+        raise UserError(f"{root} contains built-in data of another version ({drawing}, not {DRAWING}): remove it")
     return True
 
 
 def _is_made(root: Path, stamp: dict) -> bool:
-    """Whether the tree of `stamp` is at `root`. False when nothing is there; UserError for anything else."""
+    """Is the tree of `stamp` at `root`? False if there is nothing; UserError for anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     if not (root / STAMP).is_file():
-        raise UserError(f"{root} exists and is not built-in data: give another folder, nothing is written over")
+        raise UserError(f"{root} exists and is not built-in data: give another folder, nothing is overwritten")
     found = json.loads((root / STAMP).read_text(encoding="utf-8"))
     differing = [f"{key} {found.get(key)}, not {value}" for key, value in stamp.items() if found.get(key) != value]
     if differing:
-        raise UserError(f"{root} holds other built-in data ({'; '.join(differing)}): remove it or give another folder")
+        raise UserError(
+            f"{root} contains other built-in data ({'; '.join(differing)}): remove it or give another folder"
+        )
     return True
 
 
 def _scene_rng(seed: int, domain: Domain, subset: str, index: int) -> Generator:
-    """Every scene has a stream of its own, so that it does not depend on how many others are made."""
+    """A generator per scene, so that a scene does not depend on the number of other scenes."""
     return np.random.default_rng([seed, sorted(LOOKS).index(domain), ("train", "val").index(subset), index])
 
 
@@ -358,11 +367,11 @@ def _save(pixels: np.ndarray, path: Path, palette: np.ndarray | None = None) -> 
     picture = Image.fromarray(pixels)
     if palette is not None:
         picture.putpalette(palette.tobytes())
-    picture.save(path, quality=95)  # PNG has no quality and takes no notice
+    picture.save(path, quality=95)  # has no effect on PNG
 
 
 def _to_label_ids(label: np.ndarray) -> np.ndarray:
-    """Class ids, taken as train ids, as the label ids that Cityscapes stores; 255 becomes 0, unlabeled."""
+    """Convert class ids, taken as train ids, to the label ids of Cityscapes; 255 becomes 0, unlabeled."""
     table = np.zeros(256, np.uint8)
     table[: len(CLASSES)] = cityscapes.LABEL_IDS[: len(CLASSES)]
     return table[label]

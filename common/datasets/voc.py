@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012, as published, with the augmented labels of SBD, or as the CPS release arranges it."""
+"""PASCAL VOC 2012, in the published layout, with the augmented labels of SBD, or in the layout of the CPS release."""
 
 from pathlib import Path
 
@@ -19,15 +19,16 @@ LABEL_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 
 
 class VOC(Reader):
-    """Ids such as `2011_000068`. Two trees are known, under `root` or in the usual folders below it:
+    """Ids such as `2011_000068`. Supported layouts, under `root` or in the usual folders below it:
 
     - `JPEGImages/<id>.jpg` and `SegmentationClassAug/<id>.png`, else `SegmentationClass/<id>.png`;
     - `{train_aug,val}/image/<id>.jpg` and `{train_aug,val}/label/<id>.png` (CPS, CPCL).
 
-    Labels are palette or gray PNGs of 0..20 and 255. For training are: the ids in ImageSets/Segmentation/train_aug.txt
-    where that list exists, else all ids that have a label and are not in val.txt.
+    Labels are palette or gray PNGs of 0..20 and 255. Training images are those in ImageSets/Segmentation/train_aug.txt
+    if that list exists, else all that have a label and are not in val.txt.
 
-    Raises UserError when neither tree is found.
+    Raises:
+        UserError: no tree is found.
     """
 
     palette = voc_palette()
@@ -84,7 +85,7 @@ class VOC(Reader):
     def _list(self, name: str) -> list[str]:
         path = self._list_path(name)
         if not path.is_file():
-            raise UserError(f"no list {path}: it comes with the VOC 2012 download")
+            raise UserError(f"no list {path}: get it from the VOC 2012 download")
         return sorted(read_lines(path))
 
 

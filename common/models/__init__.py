@@ -1,4 +1,4 @@
-"""The networks every paper trains and evaluates, built from the config's `model` section."""
+"""Networks of all papers, built from the config's `model` section."""
 
 from common.models.deeplab import DeepLabV3Plus, build_network, conv_head
 

@@ -1,4 +1,4 @@
-"""The two networks of CPS or CPCL in one module, as DDP wants what is trained, and what they say of a mixture."""
+"""The two networks of CPS or CPCL in one module, as DDP requires, and their predictions for a CutMix of images."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ from common.models.deeplab import build_network
 
 
 class TwoNetworks(nn.Module):
-    """Two DeepLabV3+ of one config, alike but for the random weights they start from.
+    """Two DeepLabV3+ of one config that differ in their random initial weights.
 
     Args:
         model: The config's `model` section.
@@ -24,13 +24,13 @@ class TwoNetworks(nn.Module):
         self.first, self.second = build_network(model), build_network(model)
 
     def forward(self, labeled: Tensor, unlabeled: Tensor) -> dict[str, Tensor]:
-        """One forward a step; the two batches pass apart, which keeps the paper's batch-norm statistics.
+        """Forward of one step; the two batches pass separately, which keeps the paper's batch-norm statistics.
 
         Args:
             labeled, unlabeled: Normalized images [B,3,H,W].
 
         Returns:
-            `labeled1`, `unlabeled1`, `labeled2`, `unlabeled2`: logits [B,C,h,w] of either network.
+            `labeled1`, `unlabeled1`, `labeled2`, `unlabeled2`: logits [B,C,h,w] of each network.
         """
         return {
             f"{name}{number}": network(image)
@@ -47,19 +47,19 @@ def predict_mixture(
     autocast: Callable[[], AbstractContextManager],
     predict: Callable[[Tensor], Sequence[Tensor]],
 ) -> tuple[Tensor, ...]:
-    """What a network says of a mixture, put together from what it says of both images: as mixing logits would.
+    """Predict both images of a mixture and mix the predictions, which is the same as mixing their logits.
 
-    The network is in training mode, and its batch norm takes in both batches, one after the other.
+    The network is in training mode: its batch-norm statistics are updated by both batches, one after the other.
 
     Args:
         network: Network 1 or 2.
-        images: Normalized [B,3,H,W] of either stream.
-        mask: Bool [B,H,W], True where the mixture is of the second stream.
-        autocast: The context of a forward.
-        predict: Maps [B,H,W] of logits [B,C,H,W].
+        images: Normalized images [B,3,H,W] of stream 1 and of stream 2.
+        mask: Bool [B,H,W], True where the mixture shows the second stream.
+        autocast: Function that returns the context of a forward.
+        predict: Function from logits [B,C,H,W] to maps [B,H,W].
 
     Returns:
-        Those maps, of the mixture.
+        The maps of `predict`, mixed.
     """
     found = []
     for image in images:

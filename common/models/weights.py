@@ -1,4 +1,4 @@
-"""Weights from files: reading them safely, fitting them, and the keys of published networks in ours."""
+"""Read weight files safely, and load them into networks."""
 
 import pickle
 import re
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 
 _ARRAYS = {"_reconstruct": np._core.multiarray._reconstruct, "scalar": np._core.multiarray.scalar}
-# Entries of a file that may hold the state dict.
+# Entries of a file that may be the state dict.
 STATE_ENTRIES = ("state_dict", "model")
 # Arrays and numbers of NumPy, under its names of before and after 2.0: scores and prototypes in released checkpoints.
 NUMPY = [
@@ -32,43 +32,50 @@ UNREACHED = ("layer5.conv2d_list.2.", "layer5.conv2d_list.3.")
 
 
 def without_wrapper(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefix `module.` of DataParallel and DDP from the keys."""
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Weights of a ResNet, named as torchvision and timm do.
+    """Read the weights of a ResNet with the keys of torchvision and timm.
 
-    Known are torchvision's files, those with a deep stem (`resnet50_v1c.pth`, `resnet101-stem.pth`), and the whole
+    Supported are torchvision's files, files with a deep stem (`resnet50_v1c.pth`, `resnet101-stem.pth`), and the whole
     DeepLabV2 trained on COCO that AdvSemiSeg published.
 
     Returns:
-        The backbone, DeepLabV2's classifiers with our keys (nothing for other files), and the names of what is left.
+        The backbone, DeepLabV2's classifiers with this project's keys (empty for other files), and the names of unused
+        weights.
 
     Raises:
         UserError: see `read_state`.
     """
     state = without_wrapper(read_state(path))
-    theirs, ours = "layer5.conv2d_list.", "branches."
+    published, own = "layer5.conv2d_list.", "branches."
     left = [key for key in state if key.startswith(("fc.", *UNREACHED))]
     state = {key: value for key, value in state.items() if key not in left}
-    classifier = {ours + key.removeprefix(theirs): value for key, value in state.items() if key.startswith(theirs)}
-    return {key: value for key, value in state.items() if not key.startswith(theirs)}, classifier, left
+    classifier = {own + key.removeprefix(published): value for key, value in state.items() if key.startswith(published)}
+    return {key: value for key, value in state.items() if not key.startswith(published)}, classifier, left
 
 
 def read_state(path: str | Path, entries: Sequence[str] = STATE_ENTRIES) -> dict[str, Tensor]:
-    """A state dict from a safetensors or torch file, on the CPU. No code in the file is ever executed.
+    """Read a state dict from a safetensors or torch file to the CPU. No code in the file is executed.
 
     Args:
-        path: `*.safetensors`, or what `torch.save` wrote: the state dict itself, or below one of `entries`.
+        path: `*.safetensors`, or a file of `torch.save` with the state dict itself or in one of `entries`.
+        entries: Entries that may be the state dict.
 
     Raises:
-        UserError: no such file, a damaged one, one that holds code, one that is no state dict.
+        UserError: the file is missing, is damaged, contains code, or is not a state dict.
     """
     return state_in(read_file(path), path, entries)
 
 
 def read_file(path: str | Path) -> object:
-    """What a safetensors or torch file holds, on the CPU. Raises UserError as `read_state`."""
+    """Read a safetensors or torch file to the CPU. No code in the file is executed.
+
+    Raises:
+        UserError: the file is missing, is damaged, or contains code.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"weights {path}: there is no such file")
@@ -76,10 +83,15 @@ def read_file(path: str | Path) -> object:
 
 
 def state_in(content: object, path: str | Path, entries: Sequence[str] = STATE_ENTRIES) -> dict[str, Tensor]:
-    """The state dict in what a file holds: below the first of `entries` that is there, or itself.
+    """The state dict in the content of a file: the first of `entries` that exists, or the content itself.
+
+    Args:
+        content: Result of `read_file`.
+        path: The file, for the message.
+        entries: Entries that may be the state dict.
 
     Raises:
-        UserError: it is none.
+        UserError: the content is not a state dict.
     """
     if isinstance(content, Mapping):
         content = next((content[name] for name in entries if isinstance(content.get(name), Mapping)), content)
@@ -89,16 +101,18 @@ def state_in(content: object, path: str | Path, entries: Sequence[str] = STATE_E
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str, target: str) -> None:
-    """Load `state` into `module`, all of it and nothing else.
+    """Load `state` into `module`; keys and shapes must be the same.
 
     Counters of batch norm (`num_batches_tracked`) may be missing, as in files written before they existed.
 
     Args:
-        source: Where the weights come from, for the message.
-        target: What they were meant for, for the message.
+        module: Module that gets the weights.
+        state: The weights.
+        source: Origin of the weights, for the message.
+        target: Name of the module, for the message.
 
     Raises:
-        UserError: keys missing, keys too many, or shapes that differ; a few of them are named.
+        UserError: missing keys, unexpected keys, or other shapes; a few of them are named.
     """
     own = module.state_dict()
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
@@ -123,10 +137,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> object:
-    """What `torch.save` wrote, on the CPU. No code in the file is ever executed.
+    """Read a file of `torch.save` to the CPU. No code in the file is executed.
 
     Raises:
-        UserError: a damaged file, one that holds code.
+        UserError: the file is damaged or contains code.
     """
     try:
         with torch.serialization.safe_globals(NUMPY):
@@ -144,6 +158,7 @@ def read_torch(path: Path) -> object:
 
 
 def few(keys: Iterable[str], count: int = 3) -> str:
+    """The first `count` keys and the number of others, for a message."""
     keys = list(keys)
     more = f" and {len(keys) - count} more" if len(keys) > count else ""
     return ", ".join(keys[:count]) + more

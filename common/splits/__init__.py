@@ -1,1 +1,1 @@
-"""Splits: which images are labeled, unlabeled and for validation."""
+"""Splits: lists of labeled, unlabeled and validation images."""

@@ -1,16 +1,16 @@
-"""Lists of images as they were published: which files make a split, and what a line of them names.
+"""Published lists of images: files that make a split, and the ids in their lines.
 
-Known by their files, whatever they are called:
+Supported, with any folder names:
 
-- a folder of {labeled,unlabeled,valid}_filename.txt, an id a line: this project's own layout, which is that of PRCL and
-  CSS;
+- a folder of {labeled,unlabeled,valid}_filename.txt, one id per line: this project's own layout, which is that of PRCL
+  and CSS;
 - a folder of {labeled,unlabeled}.txt, with val.txt beside the folder (UniMatch, U2PL);
-- <folder>/<n>, which stands for <n>_train_supervised.txt, <n>_train_unsupervised.txt and val.txt in that folder (CAC);
-- a file with `labeled_` in its name, beside which is one with `unlabeled_`; val.txt beside them or one folder up if
-  there is one (CPS and CPCL, also PseudoSeg's lists).
+- <folder>/<n>, for <n>_train_supervised.txt, <n>_train_unsupervised.txt and val.txt in that folder (CAC);
+- a file with `labeled_` in its name beside a file with `unlabeled_`; optionally val.txt beside them or one folder up
+  (CPS and CPCL, also PseudoSeg's lists).
 
-In all but the first a line is an id or the paths of an image and of its label, between which are spaces or a tab. Paths
-may have the backslashes of Windows.
+In all but the first, a line is an id, or the paths of an image and of its label, separated by spaces or a tab. Paths
+may contain the backslashes of Windows.
 """
 
 import re
@@ -31,20 +31,20 @@ class ListFiles:
     """Files of a split.
 
     Attributes:
-        paths: by kind; without `valid` where no such list was published.
-        read: the ids of one of them, from its path and what makes an id of an image's path.
+        paths: Path by kind; without `valid` if no such list was published.
+        read: Function that reads the ids of a list, given its path and a function from an image's path to its id.
     """
 
     paths: dict[str, Path]
     read: Callable[[Path, Callable[[str], str]], list[str]]
 
     def names(self, id_of: Callable[[str], str]) -> dict[str, list[str]]:
-        """Ids by kind. Raises UserError for a missing list, a line that is no id, an id that is twice in a list."""
+        """Ids by kind. Raises UserError for a missing list, a line that is not an id, or a repeated id."""
         return {kind: self.read(path, id_of) for kind, path in self.paths.items()}
 
 
 def find_lists(path: Path) -> ListFiles | None:
-    """The files that `path` stands for; None where there are none. The files of a split need not all exist."""
+    """Find the files of the split at `path`; None if there are none. Some files of a split may be missing."""
     if (path / "labeled.txt").is_file():
         return _files(path / "labeled.txt", path / "unlabeled.txt", path.parent / "val.txt")
     if path.is_dir():
@@ -61,23 +61,23 @@ def find_lists(path: Path) -> ListFiles | None:
 
 
 def _files(labeled: Path, unlabeled: Path, *valid: Path) -> ListFiles:
-    """Lists of ids or of paths; for validation the first of `valid` that is there, if any is."""
+    """Lists of ids or of paths; for validation the first of `valid` that exists, if any."""
     paths = {"labeled": labeled, "unlabeled": unlabeled}
     found = next((path for path in valid if path.is_file()), None)
     return ListFiles(paths if found is None else paths | {"valid": found}, read_ids)
 
 
 def published_id(path: str) -> str:
-    """The id of the image at `path`, with no dataset to ask: frames of Cityscapes have their ending, which CPS leaves
-    away."""
+    """Id of the image at `path`, without access to the dataset: Cityscapes frames get the ending that CPS omits."""
     stem = Path(path).stem
     return f"{stem}_leftImg8bit" if CITYSCAPES_FRAME.fullmatch(stem) else stem
 
 
 def read_ids(path: Path, id_of: Callable[[str], str]) -> list[str]:
-    """Ids of a list where a line is an id, or the paths of an image and of its label.
+    """Read a list in which a line is an id, or the paths of an image and of its label.
 
-    Raises UserError for a missing list and for an id that occurs twice.
+    Raises:
+        UserError: the list is missing, or an id is repeated.
     """
     if not path.is_file():
         raise UserError(f"no list {path}: the labeled and the unlabeled list go together")
@@ -91,7 +91,7 @@ def _read_own(path: Path, id_of: Callable[[str], str]) -> list[str]:
     names = read_lines(path)
     for name in names:
         if set(name) & set("/\\\t"):
-            raise UserError(f"{path} holds the line {name!r}: lists have one id a line")
+            raise UserError(f"{path} contains the line {name!r}: lists must have one id per line")
     return _once(names, path)
 
 
@@ -102,12 +102,12 @@ def _read_pairs(path: Path, id_of: Callable[[str], str]) -> list[str]:
         )
     for line in read_lines(path):
         if len(line.split()) != 2:
-            raise UserError(f"{path} holds the line {line!r}: lines have the paths of an image and its label")
+            raise UserError(f"{path} contains the line {line!r}: lines must have the paths of an image and its label")
     return read_ids(path, id_of)
 
 
 def _once(names: list[str], path: Path) -> list[str]:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{path}: {len(twice)} ids occur more than once, {twice[0]} for one: remove the repetitions")
+        raise UserError(f"{path}: {len(twice)} ids occur more than once, e.g. {twice[0]}: remove the repetitions")
     return names

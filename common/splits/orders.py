@@ -1,4 +1,4 @@
-"""Orders of images, of which the first are labeled: stored ones, as memory bank published them, and random ones."""
+"""Orders of images whose first images are labeled: stored orders published by memory bank, and random orders."""
 
 import pickle
 from pathlib import Path
@@ -9,7 +9,7 @@ from common.config.sections import DataConfig
 from common.errors import UserError
 from common.splits.published import commands, entry_at
 
-# What a pickled array of integers is made of; nothing else is ever looked up, let alone run.
+# Objects in a pickled array of integers; nothing else is looked up or executed.
 ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
@@ -18,14 +18,14 @@ ALLOWED = {
 }
 
 
-STORED = (0, 1, 2)  # ids of stored orders; those above are random
+STORED = (0, 1, 2)  # ids of stored orders; larger ids are random orders
 
 
 def order_of(data: DataConfig, count: int) -> np.ndarray:
-    """The order of `count` images, int64 [N], that `data.split_id` stands for.
+    """Order int64 [N] of `count` images for `data.split_id`.
 
     Raises:
-        UserError: no stored order, or one of another number of images; see also `read_order`.
+        UserError: the stored order is missing or has another number of images; see also `read_order`.
     """
     if data.split_id not in STORED:
         return random_order(data.split_seed, data.split_id, count)
@@ -60,10 +60,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_order(path: str | Path) -> np.ndarray:
-    """The order of the images, int64 [N], in a released `split_<id>.pkl`. No code in the file is ever executed.
+    """Read the order of images, int64 [N], in a released `split_<id>.pkl`. No code in the file is executed.
 
     Raises:
-        UserError: no such file, a damaged one, one that holds anything but an array, no order of 0 to N - 1.
+        UserError: the file is missing, is damaged, contains anything but an array, or is not an order of 0 to N - 1.
     """
     path = Path(path)
     try:
@@ -74,17 +74,17 @@ def read_order(path: str | Path) -> np.ndarray:
     except OSError as error:
         raise UserError(f"split {path} cannot be read: {error.strerror}") from None
     except Exception as error:  # damaged bytes raise nearly anything
-        raise UserError(f"split {path}: damaged, or no pickled array ({type(error).__name__})") from None
+        raise UserError(f"split {path}: damaged, or not a pickled array ({type(error).__name__})") from None
     is_order = isinstance(order, np.ndarray) and order.ndim == 1 and order.dtype.kind in "iu"
     if not is_order or not np.array_equal(np.sort(order), np.arange(len(order))):
-        raise UserError(f"split {path}: it holds no order of the numbers from 0 up")
+        raise UserError(f"split {path}: it does not contain an order of the numbers from 0 up")
     return order.astype(np.int64)
 
 
 def random_order(seed: int, split_id: int, count: int) -> np.ndarray:
-    """A random order of `count` images, int64 [N], for split ids above 2.
+    """Draw an order int64 [N] of `count` images for a split id above 2.
 
-    That of id 3 is the one the release draws from `seed` for all of them; the others follow from seed and id.
+    For id 3 it is the order that the release draws from `seed` for all ids; other ids use seed and id.
     """
     order = np.arange(count)
     np.random.RandomState(seed if split_id == 3 else [seed, split_id]).shuffle(order)

@@ -1,4 +1,4 @@
-"""Which published split some lists are: `splits/published.json` holds a checksum of every one, and where it is from.
+"""Identification of published splits by the checksums and origins in `splits/published.json`.
 
 The lists themselves are not part of this project.
 """
@@ -14,27 +14,27 @@ from typing import Any
 SHARED_ID = "one id is labeled and unlabeled"
 SAME_LIST = "the labeled and the unlabeled list are the same"
 TEST_LIST = "the validation list names test images, which have no labels"
-CLONES = "published"  # folder of the clones in the commands that are told
+CLONES = "published"  # folder of the clones in printed commands
 
 
 @cache
 def record() -> dict[str, Any]:
-    """`splits/published.json`, which `splits/record.py` writes."""
+    """Content of `splits/published.json`, which `splits/record.py` writes."""
     return json.loads(resources.files("splits").joinpath("published.json").read_text(encoding="utf-8"))
 
 
 def checksum(ids: Sequence[str]) -> str:
-    """SHA-256 of ids as hexadecimal: sorted, one a line, Cityscapes' without `_leftImg8bit`. Order does not matter."""
+    """SHA-256 (hexadecimal) of ids in any order: sorted, one per line, Cityscapes' without `_leftImg8bit`."""
     lines = sorted(name.removesuffix("_leftImg8bit") for name in ids)
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
 
 
 def entry_at(path: str | Path, labels: int | None = None) -> dict[str, Any] | None:
-    """What was published and belongs at `path`: at a repository's path below its name, or where configs expect it.
+    """Entry of the published split or list for `path`: its path in a repository, or the place that configs expect.
 
     Args:
-        path: of a folder or file, which need not exist.
-        labels: of an order of images, how many are labeled.
+        path: Path of a folder or file, which need not exist.
+        labels: Number of labeled images, for an order of images.
     """
     for entry in record()["splits"]:
         at = _ends(path, entry["place"]) or _ends(path, entry["name"])
@@ -45,33 +45,33 @@ def entry_at(path: str | Path, labels: int | None = None) -> dict[str, Any] | No
 
 
 def same_as(labeled: Sequence[str], unlabeled: Sequence[str]) -> list[dict[str, Any]]:
-    """The published splits that consist of these very ids; several papers share some."""
+    """Published splits with exactly these ids; some are shared by several papers."""
     sums = (checksum(labeled), checksum(unlabeled))
     return [each for each in record()["splits"] if (each["labeled"]["sha256"], each["unlabeled"]["sha256"]) == sums]
 
 
 def said_of(labeled: Sequence[str], unlabeled: Sequence[str]) -> str:
-    """Which published split lists of ids are, or that they are none, in words."""
+    """Describe the published splits that equal lists of ids, or the absence of any."""
     if same := same_as(labeled, unlabeled):
         return f"published split: {' = '.join(map(full_name, same))}"
     found = checksum(labeled)
     half = [full_name(entry) for entry in record()["splits"] if entry["labeled"]["sha256"] == found]
-    also = f"; the labeled images are those of {' = '.join(half)}" if half else ""
+    also = f"; the labeled images equal those of {' = '.join(half)}" if half else ""
     return f"published split: none{also}"
 
 
 def full_name(entry: dict[str, Any]) -> str:
-    """Repository, path in it and, of an order of images, how many are labeled, as splits/adopt.py takes them."""
+    """Repository, path in it and, for an order of images, the number of labels, as arguments of splits/adopt.py."""
     return entry["name"] + (f" --labels {entry['labels']}" if "labels" in entry else "")
 
 
 def commands(entry: dict[str, Any], root: str, place: str | Path) -> str:
-    """Shell commands that get a published split from its repository, verify it, and put it at `place`.
+    """Shell commands that download a published split from its repository, verify it, and put it at `place`.
 
     Args:
-        entry: of `record`, a split or a list with a place.
-        root: folder of the dataset.
-        place: where configs expect it: a split, a list inside the dataset's folder, or an order of images.
+        entry: Entry of `record`: a split, or a list with a place.
+        root: Folder of the dataset.
+        place: Path that configs expect: a split, a list inside the dataset's folder, or an order of images.
     """
     repository, path = entry["name"].split("/", 1)
     lines = [f"git clone --depth 1 {record()['repositories'][repository]} {CLONES}/{repository}"]

@@ -1,12 +1,12 @@
-"""Which images are labeled, which are not, and which are for validation.
+"""Splits of a dataset into labeled, unlabeled and validation images.
 
-A split is a folder `<root>/<labels>/<seed>` of three lists, one id a line: labeled_filename.txt, unlabeled_filename.txt
-and valid_filename.txt. `splits/make.py` makes them, `splits/adopt.py` makes them of published lists. Those are also
-read as they are; common/splits/lists.py says which.
+A split is a folder `<root>/<labels>/<seed>` of three lists with one id per line: labeled_filename.txt,
+unlabeled_filename.txt and valid_filename.txt. `splits/make.py` makes splits, `splits/adopt.py` converts published
+lists, which can also be read directly (see common/splits/lists.py).
 
-A config may instead name a list of labeled and one of unlabeled images: an id a line, or the paths of an image and its
-label; or the number of an order of all images for training, as memory bank published them, and how many of the first
-ones are labeled.
+A config may instead name a list of labeled and a list of unlabeled images, with an id per line or the paths of an image
+and its label; or the id of an order of all training images, as published by memory bank, and the number of labeled
+images at its start.
 """
 
 import hashlib
@@ -38,17 +38,18 @@ class Split:
 
 
 def split_of(data: DataConfig, reader: Reader, allow_overlap: bool | None = None) -> Split:
-    """The lists that a config names: those of its split, `labeled_list` and `unlabeled_list`, or `split_id`.
+    """Read the split of a config: `split`, `labeled_list` with `unlabeled_list`, or `split_id`.
 
-    With the last two, images for validation are the dataset's own. A missing split <data.root>/splits/<labels>/<seed>
-    of the built-in data is drawn, class-covering.
+    With the last two, validation images are the dataset's own. A missing split <data.root>/splits/<labels>/<seed> of
+    the built-in data is drawn, class-covering.
 
     Args:
         data: The config's section.
-        reader: Of these data.
-        allow_overlap: In place of the config's.
+        reader: Reader of the dataset.
+        allow_overlap: Replaces `data.allow_overlap`.
 
-    Raises UserError as `read_split` and `order_of`, and where not exactly one kind is named.
+    Raises:
+        UserError: not exactly one kind is given; see also `read_split` and `order_of`.
     """
     allow_overlap = data.allow_overlap if allow_overlap is None else allow_overlap
     if sum(kind is not None for kind in (data.split, data.labeled_list, data.split_id)) != 1:
@@ -56,7 +57,7 @@ def split_of(data: DataConfig, reader: Reader, allow_overlap: bool | None = None
             "a config states one of data.split, data.labeled_list and data.split_id; set the others to null"
         )
     if data.unlabeled_list is not None and data.labeled_list is None:
-        raise UserError("data.unlabeled_list goes with data.labeled_list alone")
+        raise UserError("data.unlabeled_list requires data.labeled_list: set both, or remove data.unlabeled_list")
     if (data.labeled_samples is None) != (data.split_id is None):
         raise UserError("data.split_id and data.labeled_samples, the number of labeled images, go together")
     if data.split_id is not None:
@@ -75,7 +76,7 @@ def split_of(data: DataConfig, reader: Reader, allow_overlap: bool | None = None
 
 
 def valid_of(data: DataConfig, reader: Reader) -> list[str]:
-    """The images for validation. Unlike `split_of` it needs no stored order, which does not concern them."""
+    """Ids of the validation images. Unlike `split_of` it does not need a stored order, which does not affect them."""
     return _own_valid(reader) if data.split_id is not None else split_of(data, reader).valid
 
 
@@ -89,14 +90,15 @@ def read_split(
     """Read a split.
 
     Args:
-        folder: a split, or lists as they were published: see common/splits/lists.py.
-        allow_overlap: accept images that are labeled and unlabeled; labels of the unlabeled list are never opened.
-        dataset: kind of the dataset, and
-        root: its folder, for the commands that are told when the split is missing.
-        reader: of the dataset, whose own images for validation stand in for a list that was not published.
+        folder: A split, or published lists, see common/splits/lists.py.
+        allow_overlap: Accept images that are labeled and unlabeled; labels of the unlabeled list are never opened.
+        dataset: Kind of the dataset, for the commands that are printed if the split is missing.
+        root: Folder of the dataset, for the same commands.
+        reader: Reader of the dataset, whose own validation images replace a list that was not published.
 
-    Raises UserError for a missing or empty list (an empty unlabeled one is accepted), a line that is no id, an id that
-    is twice in a list, and labeled images in the unlabeled list.
+    Raises:
+        UserError: a list is missing or empty (an empty unlabeled list is accepted), a line is not an id, an id is
+            repeated, or labeled images are in the unlabeled list.
     """
     folder = Path(folder).expanduser()
     files = find_lists(folder)
@@ -110,15 +112,15 @@ def read_split(
     return _checked(Split(**names), folder, lambda kind: files.paths.get(kind, folder), allow_overlap)
 
 
-def _checked(split: Split, told: str | Path, path_of: Callable[[str], str | Path], allow_overlap: bool) -> Split:
+def _checked(split: Split, origin: str | Path, path_of: Callable[[str], str | Path], allow_overlap: bool) -> Split:
     for kind in ("labeled", "valid"):
         if not getattr(split, kind):
             raise UserError(f"{path_of(kind)} is empty")
     both = sorted(set(split.labeled) & set(split.unlabeled))
     if both and not allow_overlap:
         raise UserError(
-            f"{told}: {len(both)} images are both labeled and unlabeled, {both[0]} for one:"
-            " mend the lists, or accept it with data.allow_overlap"
+            f"{origin}: {len(both)} images are both labeled and unlabeled, e.g. {both[0]}:"
+            " correct the lists, or accept the overlap with data.allow_overlap"
         )
     return split
 
@@ -126,7 +128,8 @@ def _checked(split: Split, told: str | Path, path_of: Callable[[str], str | Path
 def write_split(folder: str | Path, split: Split) -> None:
     """Write the three lists. They appear together or not at all.
 
-    Raises UserError when `folder` holds anything but this very split: nothing is written over.
+    Raises:
+        UserError: `folder` contains anything but this split: nothing is overwritten.
     """
     folder = Path(folder).expanduser()
     if _holds(folder, split):
@@ -143,20 +146,21 @@ def write_split(folder: str | Path, split: Split) -> None:
         try:
             os.rename(made, folder)
         except OSError:
-            # Another process was faster: its lists are as good as ours if they are the same.
+            # Another process was faster; its lists must be the same.
             if not _holds(folder, split):
                 raise
 
 
 def complete(reader: Reader, labeled: Sequence[str], valid: Sequence[str] | None = None) -> Split:
-    """The split of `labeled`: every other image for training is unlabeled.
+    """Complete `labeled` to a split in which all other training images are unlabeled.
 
     Args:
-        reader: of the dataset.
-        labeled: ids.
-        valid: for validation; by default the dataset's own.
+        reader: Reader of the dataset.
+        labeled: Ids of the labeled images.
+        valid: Ids of the validation images; by default the dataset's own.
 
-    Raises UserError when there are none for validation.
+    Raises:
+        UserError: there are no validation images.
     """
     valid = _own_valid(reader) if valid is None else list(valid)
     taken = {*labeled, *valid}
@@ -190,24 +194,30 @@ def _first_of_order(data: DataConfig, reader: Reader) -> Split:
 
 
 def candidates(reader: Reader) -> list[str]:
-    """Sorted ids of the images for training that have a label."""
+    """Sorted ids of the training images that have a label."""
     return [name for name in reader.names("train") if reader.has_label(name)]
 
 
 def choose_random(names: Sequence[str], count: int, seed: int) -> list[str]:
-    """`count` of `names`, the same for ever: they are ranked by a hash of seed and name, so that no random generator,
-    no order of files and no version of a library matters, and fewer labels of one seed are part of more.
+    """Draw `count` of `names` reproducibly.
 
-    Raises UserError when there are fewer names.
+    Names are ranked by a hash of seed and name, so the result does not depend on a random generator, the order of files
+    or the version of a library; for one seed, a smaller draw is part of a larger one.
+
+    Raises:
+        UserError: there are fewer names.
     """
     return _ranked(names, count, seed)[:count]
 
 
 def choose_class_covering(reader: Reader, names: Sequence[str], count: int, seed: int) -> list[str]:
-    """As `choose_random`, but every class that occurs in any of the labels occurs in the chosen ones.
+    """Draw as `choose_random`, but so that every class of the dataset occurs in the chosen labels.
 
-    As few of the random images as possible give way: the last ranked, to those that show most of the missing classes.
-    All labels are read. Raises UserError when `count` images do not suffice.
+    As few of the random images as possible are replaced: the last ranked, by those that show most of the missing
+    classes. All labels are read.
+
+    Raises:
+        UserError: `count` images do not suffice.
     """
     ranked = _ranked(names, count, seed)
     with ThreadPoolExecutor() as pool:
@@ -218,7 +228,7 @@ def choose_class_covering(reader: Reader, names: Sequence[str], count: int, seed
         covering = _cover(occurs[kept:], wanted & ~occurs[:kept].any(0))
         if len(covering) <= replaced:
             added = [ranked[kept + index] for index in covering]
-            # The cover may need less than what gave way: then the best ranked come back.
+            # The cover may need fewer images than were replaced: the best ranked of them are kept.
             rest = [name for name in ranked[kept:] if name not in added]
             return ranked[:kept] + added + rest[: replaced - len(added)]
     raise UserError(f"{count} images cannot show all {wanted.sum()} classes that occur: label more")
@@ -227,8 +237,8 @@ def choose_class_covering(reader: Reader, names: Sequence[str], count: int, seed
 def choose_every(names: Sequence[str], step: int) -> list[str]:
     """Every `step`-th of the sorted names, from the first.
 
-    The lists that CPS published for VOC, and CPCL uses, are these (662, 1323, 2646 and 5291 of 10,582 for 1/16 to 1/2).
-    Theirs for Cityscapes go through an unsorted list and cannot be made.
+    These are the lists that CPS published for VOC and CPCL uses (662, 1323, 2646 and 5291 of 10,582 for 1/16 to 1/2).
+    Those for Cityscapes follow an unsorted list and cannot be made.
     """
     return sorted(names)[::step]
 
@@ -242,13 +252,13 @@ def _ranked(names: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def classes_in(reader: Reader, name: str) -> np.ndarray:
-    """bool [C]: which classes the label of `name` shows."""
+    """bool [C]: True for classes that occur in the label of `name`."""
     counts = np.bincount(reader.read_label(name).numpy().ravel(), minlength=IGNORE + 1)
     return counts[: len(reader.classes)] > 0
 
 
 def _cover(occurs: np.ndarray, missing: np.ndarray) -> list[int]:
-    """Rows of bool [N, C] that show all `missing` classes [C], greedily: each time the row that shows most."""
+    """Choose rows of bool [N, C] that cover all `missing` classes [C], greedily: the row that covers most first."""
     chosen = []
     while missing.any():
         chosen.append(int((occurs & missing).sum(1).argmax()))
@@ -268,21 +278,21 @@ def _read_list(path: Path, reader: Reader, data: DataConfig) -> list[str]:
 
 
 def _holds(folder: Path, split: Split) -> bool:
-    """Whether `folder` holds `split`; False when it does not exist or is empty, UserError for anything else."""
+    """Does `folder` contain `split`? False if it is missing or empty; UserError for anything else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     lists = {kind: _list_path(folder, kind) for kind in asdict(split)}
     if any(not path.is_file() or read_lines(path) != getattr(split, kind) for kind, path in lists.items()):
         raise UserError(
-            f"{folder} exists and is not this split: remove it or give another folder, nothing is written over"
+            f"{folder} exists and is not this split: remove it or give another folder, nothing is overwritten"
         )
     return True
 
 
 def _no_split(folder: Path, dataset: str, root: str) -> str:
-    """That there is no split, and the commands that get or make one, as far as its folder tells."""
+    """Message for a missing split, with the commands that download or make it, as far as its path allows."""
     if folder.is_file():
-        return f"split {folder} is no labeled list: published lists of other kinds are read by splits/adopt.py"
+        return f"split {folder} is not a labeled list: convert published lists of other kinds with splits/adopt.py"
     labels, seed = folder.parent.name, folder.name
     if not (labels.isdigit() and seed.isdigit()):
         labels, seed = "N", "SEED"
@@ -293,6 +303,6 @@ def _no_split(folder: Path, dataset: str, root: str) -> str:
 
 
 def _published(path: Path, root: str) -> str:
-    """The commands that put a published list at `path`; empty where none belongs there."""
+    """Commands that put a published list at `path`; empty if there is none for it."""
     entry = entry_at(path)
     return f", those of {entry['name']} with\n{commands(entry, root, path)}\n" if entry else ""

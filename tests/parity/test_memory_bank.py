@@ -29,7 +29,7 @@ from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConf
 from common.datasets.cityscapes import COLORS, LABEL_ID_TABLE
 from common.datasets.gta5 import class_ids
 from common.evaluation.inference import Protocol, sum_logits
-from common.images import normalize
+from common.images import flatten_pixels, normalize
 from common.losses import upsample
 from common.mean_teacher import make_teacher, update_teacher
 from common.metrics import ConfusionMatrix
@@ -42,14 +42,14 @@ from memory_bank import augment as views
 from memory_bank.augment import BlackCrop
 from memory_bank.bank import Bank, nearest_labels
 from memory_bank.config import Config, Method
-from memory_bank.heads import Heads, Selectors, rows_of
+from memory_bank.heads import Heads, Selectors
 from memory_bank.losses import (
     ClassBalance,
     contrastive_loss,
+    embeddings_per_image,
     entropy_loss,
     pseudo_label_loss,
     ramp,
-    rows_per_image,
     supervised_loss,
     teacher_decay,
 )
@@ -141,7 +141,7 @@ def close_bank(bank: Bank, g: Golden, prefix: str, same: dict | None = None) -> 
 
 def most_rows(g: Golden, images: int) -> int:
     factor = VOC_FACTOR if str(g["dataset"]) == "pascal_voc" else 1
-    return images * rows_per_image(int(g["memory_per_class"]), int(g["num_samples"]), factor)
+    return images * embeddings_per_image(int(g["memory_per_class"]), int(g["num_samples"]), factor)
 
 
 def check_feature_memory(path: Path) -> None:
@@ -162,9 +162,9 @@ def check_feature_memory(path: Path) -> None:
             close_bank(bank, g, f"{mode}/step{step}/memory/")
 
 
-def check_rows_per_image(path: Path) -> None:
+def check_embeddings_per_image(path: Path) -> None:
     for is_voc, labeled, want in read(path)["table"].tolist():
-        assert rows_per_image(256, labeled, VOC_FACTOR if is_voc else 1) == want
+        assert embeddings_per_image(256, labeled, VOC_FACTOR if is_voc else 1) == want
 
 
 # ---- losses, class weights, schedules
@@ -578,7 +578,7 @@ def check_network(path: Path) -> None:
     with torch.no_grad():
         feature = segmenter.features(image)
         logits = segmenter.classifier(feature)
-        rows = rows_of(feature)
+        rows = flatten_pixels(feature)
         everything = torch.ones(len(rows), dtype=torch.bool)
         projected = network.heads.projection(rows, everything)
         predicted = network.heads.prediction(projected, everything)
@@ -801,7 +801,7 @@ ADAPTERS: dict[str, Callable[[Path], None]] = {
     "losses": check_losses,
     "metric": check_metric,
     "net_": check_network,
-    "per_class_samples": check_rows_per_image,
+    "per_class_samples": check_embeddings_per_image,
     "photometric": check_photometric,
     "random_split": check_random_split,
     "schedules": check_schedules,
