@@ -1,7 +1,5 @@
 """Normalize images, flatten maps to pixels, and copy arrays to the device asynchronously."""
 
-"""Normalize images, flatten maps to pixels, and copy arrays to the device asynchronously."""
-
 from functools import cache
 
 import numpy as np
