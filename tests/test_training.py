@@ -177,7 +177,7 @@ def test_a_folder_of_another_config_or_script_is_refused_and_left_alone(tiny, tm
         (["--model.num_classes", "5"], "model.num_classes is 5"),
         (["--model.backbone", "resnet19"], "resnet19"),
         (["--model.pretrained", "nowhere.pth"], "nowhere.pth"),
-        (["--model.pretrained", "resnet50.a1_in1k"], "not of model.backbone resnet"),
+        (["--model.pretrained", "resnet50.a1_in1k"], "another network than model.backbone resnet"),
         (["--method.fully_labeled", "maybe"], "method.fully_labeled"),
         (["--data.scale_range", "[2, 1]"], "data.scale_range"),
         (["--run.dir", "/proc/nowhere"], "cannot be written"),
