@@ -1,16 +1,16 @@
-"""One case a golden file: `tests/parity/goldens/<paper>/<file>`, or the same below the folder given as `--goldens`."""
+"""One case per golden: `tests/parity/goldens/<paper>/<file>`, or the same below the folder given as `--goldens`."""
 
 from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("checks")
+pytest.register_assert_rewrite("checks", "augmentation", "networks")
 
 OWN = Path(__file__).parent / "goldens"
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """A test in `test_<paper>.py` that asks for `golden` is run once for each file of the paper."""
+    """Run a test in `test_<paper>.py` that has the argument `golden` once per file of the paper."""
     if "golden" not in metafunc.fixturenames:
         return
     given = metafunc.config.getoption("goldens")

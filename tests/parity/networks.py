@@ -1,14 +1,19 @@
-"""Networks of the goldens: official key lists, and weights and inputs by the goldens' rule."""
+"""Networks of the goldens: official key lists, and weights and inputs by the rules of the goldens."""
 
 import gzip
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+from checks import Golden
 from torch import Tensor, nn
 
 from common.config.sections import ModelConfig
@@ -17,45 +22,92 @@ from common.models.two_networks import TwoNetworks
 from common.models.weights import load_state
 from common.released.weights import PRCL_CSS, deeplab_from_cps, deeplab_from_prcl_css
 
-# What the segmentation networks of PRCL and CSS have besides ours: name -> shape of its 304 -> 256 -> 256 head.
-REPRESENTATION = {
-    "representation.0.weight": (256, 304, 3, 3),
-    "representation.1.weight": (256,),
-    "representation.1.bias": (256,),
-    "representation.1.running_mean": (256,),
-    "representation.1.running_var": (256,),
-    "representation.1.num_batches_tracked": (),
-    "representation.3.weight": (256, 256, 1, 1),
-    "representation.3.bias": (256,),
-}
+Shapes = dict[str, tuple[int, ...]]
 
 
-def read_key_list(path: Path, name: str) -> dict[str, tuple[int, ...]]:
-    """Key -> shape from a golden `net_keys.json.gz`; `name` is `plain`, `stem` or `uncer_head`."""
+def backbone_named(path: Path, default: str) -> str:
+    """Return the ResNet in a file name, e.g. `resnet101` for `network_r101.npz`."""
+    found = re.search(r"r(?:esnet)?(\d+)", path.name)
+    return f"resnet{found[1]}" if found else default
+
+
+def backbone_of(keys: Iterable[str]) -> str:
+    """Return the ResNet of a key list: ResNet-101 has 23 blocks in its third stage."""
+    return "resnet101" if any("layer3.22." in key for key in keys) else "resnet50"
+
+
+@contextmanager
+def no_draws() -> Iterator[None]:
+    """Build networks within the block without initial weights, which take longer to draw than a forward pass."""
+
+    def keep(values: Tensor, *_: Any, **__: Any) -> Tensor:
+        return values
+
+    with mock.patch.object(torch.Tensor, "normal_", keep), mock.patch.object(torch.Tensor, "uniform_", keep):
+        yield
+
+
+def unfilled(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network in evaluation mode, whose weights come from a state dict afterwards."""
+    with no_draws():
+        return build().eval()
+
+
+def outline(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a network on the meta device, which has shapes but no values."""
+    with torch.device("meta"):
+        return unfilled(build)
+
+
+def input_of(g: Golden) -> Tensor:
+    """Return the input of a network's golden: stored as `x`, or drawn by the seed and shape in the file."""
+    if "x" in g:
+        return g["x"]
+    seed = g["x_seed"] if "x_seed" in g else g["input_seed"]
+    shape = next((g[name].tolist() for name in ("x_shape", "input_shape") if name in g), None)
+    shape = shape or [2, 3, *g["hw"].tolist()]
+    return torch.from_numpy(np.random.RandomState(int(seed)).standard_normal(shape).astype(np.float32))
+
+
+class Caught(dict):
+    """Outputs of the given modules, by name, from the next forward on."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            module.register_forward_hook(lambda _, __, output, name=name: self.update({name: output}))
+
+
+def shapes_of(module: nn.Module, prefix: str = "") -> Shapes:
+    """Return key -> shape of a module's state dict, with `prefix` before each key."""
+    return {prefix + key: tuple(value.shape) for key, value in module.state_dict().items()}
+
+
+def official_keys(network: nn.Module, names: Mapping[str, str], before: str = "") -> Shapes:
+    """Derive the official key list (key -> shape) of our network from a map of prefixes, official -> ours."""
+    shapes = {}
+    for key, shape in shapes_of(network).items():
+        official, ours = next((official, ours) for official, ours in names.items() if key.startswith(ours))
+        shapes[before + official + key.removeprefix(ours)] = shape
+    return shapes
+
+
+def read_json(path: Path) -> Any:
+    """Read a `.json.gz`."""
     with gzip.open(path, "rt") as file:
-        return {key: tuple(shape) for key, (shape, _) in json.load(file)[name].items()}
+        return json.load(file)
 
 
-def read_conv_geometry(path: Path, name: str) -> dict[str, list[list[int]]]:
-    """Official name -> [stride, dilation, padding] of the convolutions where stride or dilation is not 1."""
-    with gzip.open(path, "rt") as file:
-        return json.load(file)[f"conv_geometry_{name}"]
+# ---- PRCL, CSS
 
 
-def prcl_css_keys(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The official key list (key -> shape) that belongs to our `DeepLabV3Plus`, from our own key map."""
-    shapes = {prcl_css_name(key): tuple(value.shape) for key, value in network.state_dict().items()}
-    return shapes | REPRESENTATION
-
-
-def prcl_css_name(key: str) -> str:
-    """Our name of a tensor or module of the segmenter -> the official one."""
-    official, ours = next((official, ours) for official, ours in PRCL_CSS.items() if key.startswith(ours))
-    return official + key.removeprefix(ours)
+def prcl_css_keys(segmenter: nn.Module, representation: nn.Module) -> Shapes:
+    """Derive the official key list (key -> shape) of our segmenter and representation head from our own map."""
+    return official_keys(segmenter, PRCL_CSS) | shapes_of(representation, "representation.")
 
 
 def conv_geometry(network: nn.Module) -> dict[str, list[list[int]]]:
-    """As `read_conv_geometry`, of our network."""
+    """Return official name -> [stride, dilation, padding] of convolutions where stride or dilation is not 1."""
     convolutions = {name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
     return {
         prcl_css_name(name): [list(conv.stride), list(conv.dilation), list(conv.padding)]
@@ -64,38 +116,64 @@ def conv_geometry(network: nn.Module) -> dict[str, list[list[int]]]:
     }
 
 
-def model_config(g: Mapping[str, Any]) -> ModelConfig:
-    """The network of a golden of PRCL or CSS."""
+def prcl_css_name(key: str) -> str:
+    """Convert our name of a tensor or module of the segmenter to the official one."""
+    official, ours = next((official, ours) for official, ours in PRCL_CSS.items() if key.startswith(ours))
+    return official + key.removeprefix(ours)
+
+
+def model_config(path: Path, g: Golden) -> ModelConfig:
+    """Configure the network of a golden of PRCL or CSS."""
     stem = "deep" if g["shape_maxpool"][1] == 128 else "plain"  # 64 channels
-    return ModelConfig(int(g["num_classes"]), "resnet101", stem, output_stride=int(g["dilate_scale"]), pretrained=False)
+    backbone, stride = backbone_named(path, "resnet101"), int(g["dilate_scale"])
+    return ModelConfig(int(g["num_classes"]), backbone, stem, output_stride=stride, pretrained=False)
 
 
-def listed_config(path: Path, name: str, stem: str) -> ModelConfig:
-    """The network of a key list, `plain` or `stem`, in `net_keys.json.gz`."""
-    rates = {rates[0]: stride for stride, rates in RATES.items()}
-    stride = rates[read_conv_geometry(path, name)["ASPP.convs.1.0"][1][0]]
-    num_classes = read_key_list(path, name)["classifier.3.bias"][0]
-    return ModelConfig(num_classes, "resnet101", stem, output_stride=stride, pretrained=False)
+def listed_networks(path: Path) -> dict[str, ModelConfig]:
+    """Configure the segmentation networks of a `net_keys.json.gz`, by their names in it."""
+    listed, strides = read_json(path), {rates[0]: stride for stride, rates in RATES.items()}
+    configs = {}
+    for name in (key.removeprefix("conv_geometry_") for key in listed if key.startswith("conv_geometry_")):
+        shapes = {key: shape for key, (shape, _) in listed[name].items()}
+        stem = "deep" if shapes["resnet_bn1.weight"] == [128] else "plain"
+        stride = strides[listed[f"conv_geometry_{name}"]["ASPP.convs.1.0"][1][0]]
+        num_classes = shapes["classifier.3.bias"][0]
+        configs[name] = ModelConfig(num_classes, backbone_of(shapes), stem, output_stride=stride, pretrained=False)
+    return configs
+
+
+def listed_keys(path: Path, name: str) -> Shapes:
+    """Read key -> shape of one network of a `net_keys.json.gz`."""
+    return {key: tuple(shape) for key, (shape, _) in read_json(path)[name].items()}
+
+
+def check_listed_networks(path: Path, build: Callable[[ModelConfig, int], nn.Module]) -> None:
+    """Compare keys, strides, dilations and paddings of every segmentation network in the file."""
+    configs = listed_networks(path)
+    assert configs
+    for name, config in configs.items():
+        theirs = listed_keys(path, name)
+        dims = theirs["representation.3.bias"][0]
+        network = outline(partial(build, config, dims))
+        assert prcl_css_keys(network.segmenter, network.representation) == theirs
+        assert conv_geometry(network.segmenter) == read_json(path)[f"conv_geometry_{name}"]
 
 
 def load_filled(segmenter: nn.Module, representation: nn.Module) -> None:
-    """The goldens' weights, converted from the official names, into a segmenter and its representation head."""
-    state, head = fill(prcl_css_keys(segmenter)), "representation."
+    """Load the weights of the goldens, under official names, into a segmenter and its representation head."""
+    state, head = fill(prcl_css_keys(segmenter, representation)), "representation."
     load_state(segmenter, deeplab_from_prcl_css(state), "the golden's rule", "the segmenter")
     representation.load_state_dict({k.removeprefix(head): v for k, v in state.items() if k.startswith(head)})
 
 
-def catch_stages(segmenter: nn.Module) -> dict[str, Tensor]:
-    """What the segmenter's stages return from now on, by the goldens' names."""
+def catch_stages(segmenter: nn.Module) -> Caught:
+    """Catch the outputs of the segmenter's stages, by the names of the goldens."""
     stages = {name: segmenter.encoder[name] for name in ("maxpool", "layer1", "layer2", "layer3", "layer4")}
-    caught = {}
-    for name, module in (stages | {"aspp": segmenter.aspp}).items():
-        module.register_forward_hook(lambda _, __, output, name=name: caught.update({name: output}))
-    return caught
+    return Caught(aspp=segmenter.aspp, **stages)
 
 
 def fill(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Weights by the rule of the PRCL and CSS goldens: draws seeded by the rank of the sorted key."""
+    """Draw weights by the rule of the PRCL and CSS goldens, seeded by the rank of the sorted key."""
     return {key: _fill_one(index, key, tuple(shapes[key])) for index, key in enumerate(sorted(shapes))}
 
 
@@ -114,39 +192,16 @@ def _fill_one(index: int, key: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.asarray(value, dtype=np.float32))
 
 
-def draw_input(seed: int, shape: Sequence[int]) -> Tensor:
-    """The input of a network golden."""
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype(np.float32))
+# ---- CAC, CPS, CPCL
 
 
-# ---- CAC, CPS
-
-# The projector, which is no part of the segmenter: the released name -> shape.
-CAC_PROJECTOR = {
-    "project.0.weight": (256, 256, 1, 1),
-    "project.0.bias": (256,),
-    "project.2.weight": (128, 256, 1, 1),
-    "project.2.bias": (128,),
-}
-
-
-def read_keys(path: Path) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a golden that lists (key, shape, type)."""
-    with gzip.open(path, "rt") as file:
-        return {key: tuple(shape) for key, shape, _ in json.load(file)}
-
-
-def official_keys(network: nn.Module, names: Mapping[str, str], before: str = "") -> dict[str, tuple[int, ...]]:
-    """The official key list (key -> shape) of our network from a map of prefixes, official -> ours."""
-    shapes = {}
-    for key, value in network.state_dict().items():
-        official, ours = next((official, ours) for official, ours in names.items() if key.startswith(ours))
-        shapes[before + official + key.removeprefix(ours)] = tuple(value.shape)
-    return shapes
+def read_keys(path: Path) -> Shapes:
+    """Read key -> shape of a golden that lists (key, shape, type)."""
+    return {key: tuple(shape) for key, shape, _ in read_json(path)}
 
 
 def fill_small(shapes: Mapping[str, Sequence[int]], offset: int = 0) -> dict[str, Tensor]:
-    """Weights by the rule of the CAC, CPS and CPCL goldens: draws of 0.02 seeded by the rank of the sorted key."""
+    """Draw weights by the rule of the CAC, CPS and CPCL goldens: deviation 0.02, seeded by the sorted key's rank."""
     state = {}
     for index, key in enumerate(sorted(shapes)):
         if key.endswith("num_batches_tracked"):
@@ -162,13 +217,14 @@ def fill_small(shapes: Mapping[str, Sequence[int]], offset: int = 0) -> dict[str
     return state
 
 
-class Caught(dict):
-    """What the given modules return, by name, from the next forward on."""
+def v3plus(num_classes: int, backbone: str) -> ModelConfig:
+    """Configure the DeepLabV3+ of CAC, and of CPS in the code of CAC."""
+    return ModelConfig(num_classes, backbone, head="v3plus_cac", pretrained=False)
 
-    def __init__(self, **modules: nn.Module) -> None:
-        super().__init__()
-        for name, module in modules.items():
-            module.register_forward_hook(lambda _, __, output, name=name: self.update({name: output}))
+
+def v3plus_cps(num_classes: int, backbone: str) -> ModelConfig:
+    """Configure the DeepLabV3+ of the original CPS and of CPCL."""
+    return ModelConfig(num_classes, backbone, "deep", "v3plus_cps", pretrained=False)
 
 
 def upsampled(network: nn.Module, image: Tensor) -> Tensor:
@@ -176,8 +232,8 @@ def upsampled(network: nn.Module, image: Tensor) -> Tensor:
     return nn.functional.interpolate(logits, image.shape[-2:], mode="bilinear", align_corners=network.align_corners)
 
 
-def two_branches(network: TwoNetworks, names: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """The official key list of both networks."""
+def two_branches(network: TwoNetworks, names: Mapping[str, str]) -> Shapes:
+    """Derive the official key list of both networks."""
     return official_keys(network.first, names, "branch1.") | official_keys(network.second, names, "branch2.")
 
 
