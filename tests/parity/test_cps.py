@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from cac_cps.config import Config, Method
 from cac_cps.losses import cross_pseudo_loss, pseudo_label
-from cac_cps.training import OHEM_THRESHOLD, make_optimizer
+from cac_cps.training import CPS_OHEM, make_optimizer
 from common import IGNORE
 from common.augment import ScaleChoiceCrop, draw_cutmix_box_masks, mix
 from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConfig
@@ -103,7 +103,7 @@ def cutmix_predictions(networks: list[nn.Module], g: Golden) -> tuple[list[Tenso
 def supervised_loss(logits: Tensor, label: Tensor, g: Golden) -> Tensor:
     """With hard pixels mined where the file states how many: the threshold it does not state is original CPS's."""
     kept = int(g.get("ohem_min_kept", -1))
-    return cross_entropy(logits, label) if kept < 0 else ohem_cross_entropy(logits, label, OHEM_THRESHOLD, kept)
+    return cross_entropy(logits, label) if kept < 0 else ohem_cross_entropy(logits, label, CPS_OHEM.threshold, kept)
 
 
 def check_ohem(path: Path) -> None:
