@@ -147,9 +147,9 @@ def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatc
         (lambda mine: (mine / "masks/p03_mask.png").write_bytes(b"x"), "cannot be decoded"),
         (
             lambda mine: classes(mine, "a", "b", "c"),
-            r"is a picture of colors: write .*classes\.txt, as in `road 128 64 128`",
+            r"is a picture of colors: add .*classes\.txt, e\.g\. `road 128 64 128`",
         ),
-        (lambda mine: classes(mine, "a 1 2 3", "b"), "b has no color, but others have"),
+        (lambda mine: classes(mine, "a 1 2 3", "b"), "b has no color, but other classes have one"),
         (lambda mine: classes(mine, "a 1 2 3", "b 1 2 3"), r"\(1, 2, 3\) occurs 2 times"),
         (lambda mine: classes(mine, "a", "a"), "a occurs 2 times"),
         (lambda mine: classes(mine, "a", "b", "ignore 1"), "1 is to be ignored, but is the id of b"),
