@@ -80,9 +80,9 @@ def test_the_same_command_on_a_finished_run_changes_nothing(some_script, finishe
     assert same(before[1], after[1])
 
 
-@every_script
-def test_a_run_stopped_by_a_signal_continues_to_the_same_bits(script, finished, tiny, tmp_path):
-    child = start(script, tiny(script, *KEEP, "--data.workers", "1"), tmp_path / "log", os.setsid)
+@pytest.mark.parametrize(("script", "workers"), [*((script, 0) for script in SCRIPTS), ("supervised/train.py", 1)])
+def test_a_run_stopped_by_a_signal_continues_to_the_same_bits(script, workers, finished, tiny, tmp_path):
+    child = start(script, tiny(script, *KEEP, "--data.workers", str(workers)), tmp_path / "log", os.setsid)
     wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 2')
     os.killpg(child.process.pid, signal.SIGTERM)  # as a terminal or a cluster does: the loader's workers get it too
     status, output = child.status(), child.log.read_text()
