@@ -1,0 +1,217 @@
+"""Signs that a run gives of itself: constants it never reaches, thresholds nothing passes, classes it loses.
+
+Some are checked once before training (`startup_signs`), others are counted on the device during it (`Signs`) and read
+with the log. Each is printed once, with what to change; docs/troubleshooting.md explains them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import IGNORE
+from common.config.lengths import Decay, Steps, decay_of, in_steps
+from common.datasets.reader import Reader
+from common.errors import UserError
+from common.splits.split import classes_in
+
+LAG = 0.05  # of the run: a teacher that lags more than this is evaluated as it was long ago
+LR_FLOOR = 0.02  # of the learning rate
+FEW_CONFIDENT = 0.01  # of the unlabeled pixels
+ONE_CLASS = 0.95  # of the pseudo-labels
+COMMON_CLASS = 0.9  # of the labels: a class this common may well be that common among pseudo-labels
+LABELS_READ = 500  # labels that are read for the classes they show
+SETTLED = 0.5  # of the run: pseudo-labels of a young network say little
+
+
+def startup_signs(
+    config: Any, total: int, lr_floor: float, class_names: Sequence[str], shown: Sequence[bool] | None
+) -> list[str]:
+    """Check what a config states against the length of its run.
+
+    Args:
+        config: The script's config.
+        total: Optimizer steps of the run.
+        lr_floor: Smallest learning rate of the schedule.
+        class_names: Names of the classes.
+        shown: For each class, True where a labeled image shows it; None where labels were not read.
+
+    Returns:
+        One line per sign, without the word warning.
+    """
+    signs = list(_unreached(config, total, ""))
+    if lr_floor > LR_FLOOR * config.optim.lr:
+        signs.append(
+            f"the learning rate never falls below {lr_floor:g}, {lr_floor / config.optim.lr:.0%} of optim.lr "
+            f"{config.optim.lr:g}: raise optim.lr, or the end of training stays noisy"
+        )
+    missing = [name for name, there in zip(class_names, shown or ()) if not there]
+    if missing:
+        signs.append(
+            f"no labeled image shows {', '.join(missing)}: the network cannot learn "
+            f"{'it' if len(missing) == 1 else 'them'}; add labels, or draw another split (data.split)"
+        )
+    signs += _small_crops(config)
+    return signs
+
+
+def classes_shown(reader: Reader, names: Sequence[str]) -> list[bool] | None:
+    """For each class, True where a label of `names` shows it; None for lists longer than `LABELS_READ`.
+
+    Labels that cannot be read are passed over: training reports them.
+    """
+    if len(names) > LABELS_READ:
+        return None
+
+    def occurring(name: str) -> np.ndarray:
+        try:
+            return classes_in(reader, name)
+        except UserError:
+            return np.zeros(len(reader.classes), bool)
+
+    with ThreadPoolExecutor(16) as pool:
+        return np.any(list(pool.map(occurring, names)), axis=0).tolist()
+
+
+class Signs:
+    """Counts of pseudo-labels and predictions, kept on the device and read with the log.
+
+    Args:
+        class_names: Names of the classes.
+        total: Optimizer steps of the run.
+        device: Where the counts are kept.
+        add_up: Sum of a tensor over processes.
+        warn: Print a line once.
+    """
+
+    def __init__(
+        self,
+        class_names: Sequence[str],
+        total: int,
+        device: torch.device,
+        add_up: Callable[[Tensor], Tensor],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._names, self._total = tuple(class_names), total
+        self._add_up, self._warn = add_up, warn
+        classes = len(self._names)
+        # Rows: pseudo-labels, confident ones (since the last log line), labels, predictions (since the last evaluation).
+        self._counts = torch.zeros(4, classes, dtype=torch.int64, device=device)
+        self._watches_pseudo_labels = False
+
+    @torch.no_grad()
+    def count_pseudo_labels(self, pseudo_label: Tensor, confident: Tensor) -> None:
+        """Count the pseudo-labels of a batch per class.
+
+        Args:
+            pseudo_label: int64 [B,H,W]; 255 is not counted.
+            confident: bool [B,H,W], True where the paper's threshold is passed.
+        """
+        self._watches_pseudo_labels = True
+        self._add(0, pseudo_label)
+        self._add(1, torch.where(confident, pseudo_label, IGNORE))
+
+    @torch.no_grad()
+    def count_predictions(self, logits: Tensor, label: Tensor) -> None:
+        """Count which classes labeled images show and which the network predicts on them.
+
+        Args:
+            logits: [B,C,h,w].
+            label: int64 [B,H,W].
+        """
+        self._add(2, label)
+        self._add(3, logits.detach().argmax(1))
+
+    def read(self, step: int) -> dict[str, float]:
+        """Shares since the last call, by the name they have in metrics.jsonl; warns of what they show.
+
+        Collective: all processes call it. Waits for the device.
+        """
+        if not self._watches_pseudo_labels:
+            return {}
+        labels, confident, shown, _ = self._add_up(self._counts).tolist()
+        self._counts[:2] = 0
+        if not sum(labels):
+            return {}
+        values = {"confident": sum(confident) / sum(labels)}
+        values |= {f"confident/{name}": part / all_ for name, part, all_ in zip(self._names, confident, labels) if all_}
+        largest = max(range(len(labels)), key=lambda index: labels[index])
+        values["largest_class"] = labels[largest] / sum(labels)
+        if step >= SETTLED * self._total:
+            self._warn_of_pseudo_labels(values, largest, shown)
+        return values
+
+    def evaluated(self, step: int) -> list[str]:
+        """Names of the classes that labels have shown and the network has not predicted since the last evaluation.
+
+        Collective: all processes call it. Waits for the device.
+        """
+        _, _, shown, predicted = self._add_up(self._counts).tolist()
+        self._counts[2:] = 0
+        lost = [name for name, there, found in zip(self._names, shown, predicted) if there and not found]
+        if lost and step >= SETTLED * self._total:
+            self._warn(
+                f"classes that labels show and the network has not predicted since the last evaluation: "
+                f"{', '.join(lost)}; try data.class_balanced true, optim.supervised_loss ce+dice, or more labels of them"
+            )
+        return lost
+
+    def _warn_of_pseudo_labels(self, values: dict[str, float], largest: int, shown: list[int]) -> None:
+        if values["confident"] < FEW_CONFIDENT:
+            self._warn(
+                f"{values['confident']:.2%} of the unlabeled pixels pass the confidence threshold: unlabeled images "
+                "teach almost nothing; lower the threshold of the method section, or train longer"
+            )
+        common = sum(shown) and shown[largest] / sum(shown) > COMMON_CLASS
+        if values["largest_class"] > ONE_CLASS and not common:
+            self._warn(
+                f"{values['largest_class']:.0%} of the pseudo-labels are {self._names[largest]}: training is collapsing "
+                "to one class; lower optim.lr, raise the threshold of the method section, or begin from pretrained weights"
+            )
+
+    def _add(self, row: int, label: Tensor) -> None:
+        """Count class ids of any shape; ids that are not classes are passed over."""
+        classes = self._counts.shape[1]
+        flat = label.flatten()
+        # Not bincount, which waits for the device to learn the size of its result.
+        bins = torch.zeros(classes + 1, dtype=torch.int64, device=flat.device)
+        bins.scatter_add_(0, flat.clamp(max=classes), torch.ones_like(flat))
+        self._counts[row] += bins[:classes]
+
+
+def _unreached(section: Any, total: int, prefix: str) -> Iterator[str]:
+    """Constants in steps that lie beyond the run, and decays of a teacher that lags too long."""
+    hints = get_type_hints(type(section))
+    for field in fields(section):
+        value, key = getattr(section, field.name), prefix + field.name
+        if is_dataclass(value):
+            yield from _unreached(value, total, f"{key}.")
+        elif value is None:
+            continue
+        elif hints[field.name] == Steps and in_steps(value, total) >= total:
+            yield (
+                f"{key} is {value} steps, but the run has {total}: what begins there never does; "
+                f'lower it, or state it as a share of the run ("30%")'
+            )
+        elif hints[field.name] == Decay and (lag := 1 / max(1e-9, 1 - decay_of(value, total))) > LAG * total:
+            yield (
+                f"the teacher of {key} {value} lags {lag:.0f} steps, {lag / total:.0%} of the run: it is evaluated as "
+                f'the student was then; lower it, or state the lag as a share of the run ("2%")'
+            )
+
+
+def _small_crops(config: Any) -> Iterator[str]:
+    model, crop = config.model, config.data.crop_size
+    if not model.head.startswith("v3plus"):
+        return
+    smallest = min(model.rates or {8: (12,), 16: (6,), 32: (3,)}[model.output_stride])
+    cells = min(crop) // model.output_stride
+    if cells < smallest:
+        yield (
+            f"crops of {crop[0]}x{crop[1]} are {cells} features wide at stride {model.output_stride}, but the smallest "
+            f"dilation of the ASPP is {smallest}: it sees borders alone; set model.rates, e.g. [1, 2, 3], or larger crops"
+        )
