@@ -99,7 +99,7 @@ class Signs:
         self._names, self._total = tuple(class_names), total
         self._add_up, self._warn = add_up, warn
         classes = len(self._names)
-        # Rows: pseudo-labels, confident ones (since the last log line), labels, predictions (since the last evaluation).
+        # Pseudo-labels and confident ones since the last log line, labels and predictions since the last evaluation.
         self._counts = torch.zeros(4, classes, dtype=torch.int64, device=device)
         self._watches_pseudo_labels = False
 
@@ -156,7 +156,7 @@ class Signs:
         if lost and step >= SETTLED * self._total:
             self._warn(
                 f"classes that labels show and the network has not predicted since the last evaluation: "
-                f"{', '.join(lost)}; try data.class_balanced true, optim.supervised_loss ce+dice, or more labels of them"
+                f"{', '.join(lost)}; try data.class_balanced or optim.supervised_loss ce+dice"
             )
         return lost
 
@@ -169,8 +169,8 @@ class Signs:
         common = sum(shown) and shown[largest] / sum(shown) > COMMON_CLASS
         if values["largest_class"] > ONE_CLASS and not common:
             self._warn(
-                f"{values['largest_class']:.0%} of the pseudo-labels are {self._names[largest]}: training is collapsing "
-                "to one class; lower optim.lr, raise the threshold of the method section, or begin from pretrained weights"
+                f"{values['largest_class']:.0%} of the pseudo-labels are {self._names[largest]}: training collapses to one "
+                "class; lower optim.lr, raise the threshold of the method section, or begin from pretrained weights"
             )
 
     def _add(self, row: int, label: Tensor) -> None:
@@ -213,5 +213,5 @@ def _small_crops(config: Any) -> Iterator[str]:
     if cells < smallest:
         yield (
             f"crops of {crop[0]}x{crop[1]} are {cells} features wide at stride {model.output_stride}, but the smallest "
-            f"dilation of the ASPP is {smallest}: it sees borders alone; set model.rates, e.g. [1, 2, 3], or larger crops"
+            f"dilation of the ASPP is {smallest}: it sees borders alone; set model.rates or larger crops"
         )
