@@ -22,18 +22,18 @@ from memory_bank.processes import summed
 class MemoryBankNetwork(nn.Module):
     """The trained network: a DeepLab and, on its features, heads and selectors.
 
-    The backbone's batch norms keep their initial scale and shift; their running statistics are updated.
-
     Args:
         model: The config's `model` section.
         embedding_dim: Length F of an embedding.
+        freeze_norms: Scale and shift of the backbone's batch norms keep their values, as released for pretrained
+            weights; their running statistics are updated all the same.
     """
 
-    def __init__(self, model: ModelConfig, embedding_dim: int) -> None:
+    def __init__(self, model: ModelConfig, embedding_dim: int, freeze_norms: bool) -> None:
         super().__init__()
         self.segmenter = build_network(model)
         for module in self.segmenter.encoder.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if freeze_norms and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.requires_grad_(False)
         self.heads = Heads(self.segmenter.feature_channels, model.num_classes, embedding_dim)
 

@@ -29,6 +29,7 @@ from memory_bank.training import (
     REFRESHED,
     build,
     contrastive_term,
+    freezes_norms,
     max_new_per_class,
     refresh_batch_norm,
     restart_from_best,
@@ -53,7 +54,7 @@ def train(config: Config, run: Run) -> None:
     unlabeled_images = TrainingImages(reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
     share, max_new = unlabeled_share(config, run), max_new_per_class(config, split)
 
-    network = MemoryBankNetwork(config.model, method.embedding_dim)
+    network = MemoryBankNetwork(config.model, method.embedding_dim, freezes_norms(config, run))
     teacher = run.to_device(make_teacher(network))
     state = build(network, teacher, split, config, run)
     bank, balance, restart = state.bank, state.balance, state.restart

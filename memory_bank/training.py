@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from common.datasets.reader import Reader
 from common.engine.devices import share_batch
 from common.engine.run import Run
+from common.engine.run_folder import stored_before
 from common.evaluation.evaluate import evaluate_run
 from common.images import normalize
 from common.loaders import StepBatches
@@ -128,6 +129,15 @@ def contrastive_term(name: str, output: dict[str, Tensor], bank: Bank, network: 
 def steps_per_epoch(labeled_images: int, batch_size: int) -> int:
     """Steps in one pass over the labeled images, without an incomplete last batch."""
     return max(1, labeled_images // batch_size)
+
+
+def freezes_norms(config: Config, run: Run) -> bool:
+    """True if scale and shift of the backbone's batch norms stay as they are: those of loaded weights, as released.
+
+    Departure: from scratch they are trained, since nothing was learned that they could keep. Runs that began before
+    this rule go on as they began.
+    """
+    return config.model.pretrained is not False or stored_before(run.folder, "method.labels_only")
 
 
 def unlabeled_share(config: Config, run: Run) -> int:

@@ -19,9 +19,7 @@ from common.errors import UserError, report_errors
 from common.splits.split import Split, choose_class_covering, write_split
 
 # Indices 1 to 11 of the palette of VOC.
-CLASSES = tuple(
-    ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
-)
+CLASSES = ("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist")
 BLOCK = 10  # frames
 HELD_OUT = 0.3  # share of the blocks of a drive
 LABELS, SEEDS = (46, 92), (0, 1, 2, 3, 4)

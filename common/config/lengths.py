@@ -6,7 +6,9 @@ share of the run as a string, e.g. "2%". A decay stated as a share is that of an
 
 from typing import Union
 
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, restricted_string_type
+from jsonargparse.typing import restricted_string_type
+
+from common.config.types import ClosedUnitInterval, NonNegativeInt
 
 Share = restricted_string_type("Share", r"^(100|\d{1,2}(\.\d+)?)%$", docstring='Share of the run, e.g. "2%".')
 Steps = Union[NonNegativeInt, Share]

@@ -22,6 +22,8 @@ from common.engine.progress import Progress, RunLength
 from common.errors import UserError
 from common.metrics import Scores
 
+SIGNS = "signs"  # name of the counts among the extra modules
+
 
 @dataclass(frozen=True)
 class CheckpointContents:
@@ -132,11 +134,16 @@ class Checkpointer:
             UserError: the network is not finite.
         """
         step = self._progress.step
-        due = step % self._length.save_every == 0 or step == self._length.total
-        if due or self._progress.is_best or stopping:
+        if self.is_due(stopping):
             self._save(resumable=True)
         elif self._is_snapshot(step) and step != self._loaded_step:  # the loaded checkpoint stays resumable
             self._save(resumable=False)
+
+    def is_due(self, stopping: bool) -> bool:
+        """True if `save_if_due` will write a checkpoint that a run resumes from; the same on all processes."""
+        step = self._progress.step
+        is_regular = step % self._length.save_every == 0 or step == self._length.total
+        return is_regular or self._progress.is_best or stopping
 
     def save_before_error(self) -> None:
         """Write a resumable checkpoint after the last complete step, unless there is one."""
@@ -194,7 +201,8 @@ class Checkpointer:
         try:
             contents.model.load_state_dict(checkpoint.model)
             for name, module in contents.extra.items():
-                module.load_state_dict(checkpoint.extra[name])
+                if name != SIGNS or name in checkpoint.extra:  # older checkpoints have no counts
+                    module.load_state_dict(checkpoint.extra[name])
             contents.optimizer.load_state_dict(checkpoint.state["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]

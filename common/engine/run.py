@@ -11,8 +11,9 @@ from torch import nn
 
 from common.config import to_dict
 from common.config.files import flatten
+from common.datasets.reader import Reader
 from common.engine import checkpoints
-from common.engine.checkpointer import CheckpointContents, Checkpointer
+from common.engine.checkpointer import SIGNS, CheckpointContents, Checkpointer
 from common.engine.devices import average_buffers, has_sync_batch_norm, make_accelerator, prepare_layout, share_batch
 from common.engine.gloo import GlooGroup
 from common.engine.log import RunLog
@@ -20,9 +21,11 @@ from common.engine.optimizer_step import OptimizerStep
 from common.engine.progress import Progress, RunLength
 from common.engine.run_folder import check_folder, open_folder
 from common.engine.signals import Stopped, StopSignal
+from common.engine.signs import Signs, classes_shown, startup_signs
 from common.errors import UserError
 from common.metrics import Scores
 from common.seeding import derive_seed
+from common.splits.split import Split
 from common.visual import curve
 
 
@@ -33,13 +36,14 @@ class Run(AbstractContextManager):
 
         with Run(config, "paper/train.py") as run:
             run.set_length(steps_per_epoch)                        # sets run.total
+            run.examine(reader, split)                             # warns of settings that the run cannot meet
             teacher = run.to_device(make_teacher(network))         # networks that take no gradients
             wrapped, optimizer = run.prepare(network, optimizer)   # the trained network
             run.resume(model=teacher, extra={"student": network}, optimizer=optimizer)
             batches = StepBatches(images, run)                     # calls run.register_batch for every batch
             for step in run.steps():
                 for _ in run.accumulate(wrapped):                  # once, unless optim.accumulation > 1
-                    ...                                            # run.autocast, run.from_next_process
+                    ...                                            # run.autocast, run.from_next_process, run.signs
                     run.backward(loss)
                 if run.step_optimizer(optimizer, losses):          # False: not finite, so the step is undone
                     update_teacher(...)
@@ -63,6 +67,7 @@ class Run(AbstractContextManager):
         processes, rank: Number of processes, and index of this one.
         batch_size: Labeled images per process and backward pass.
         log: Writes `metrics.jsonl` and prints.
+        signs: Counts what shows that a run goes wrong (after `examine`).
         checkpointer: Saves and resumes (after `resume`).
 
     Raises:
@@ -124,6 +129,21 @@ class Run(AbstractContextManager):
         """Set the length of the run from the config's steps or epochs; `steps_per_epoch` is the paper's rule."""
         self._length = RunLength.from_config(self.config.run, steps_per_epoch)
 
+    def examine(self, reader: Reader, split: Split, lr_floor: float = 0.0) -> None:
+        """Warn of settings that the run cannot meet, e.g. constants in steps beyond its end; begin to count `signs`.
+
+        Args:
+            reader: Reader of the labeled images.
+            split: Lists of the images.
+            lr_floor: Smallest learning rate of the schedule.
+        """
+        self.signs = Signs(reader.classes, self.total, self.accelerator, self.log)
+        if self.is_main:
+            shown = classes_shown(reader, split.labeled)
+            for sign in startup_signs(self.config, self.total, lr_floor, reader.classes, shown):
+                self.log.print(f"warning: {sign}")
+        self.accelerator.wait_for_everyone()
+
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move the trained network to the device and wrap it for processes and precision."""
         wrapped, optimizer = self.accelerator.prepare(prepare_layout(network, self.accelerator), optimizer)
@@ -153,11 +173,12 @@ class Run(AbstractContextManager):
             UserError: every checkpoint of the folder is damaged, one is of another network, or the folder cannot be
                 written.
         """
-        contents = CheckpointContents(model, extra, optimizer)
+        contents = CheckpointContents(model, extra | {SIGNS: self.signs}, optimizer)
         max_bad_steps, services = self.config.run.max_bad_steps, (self.accelerator, self._gloo, self.log)
         self._optimizer_step = OptimizerStep(contents.modules(), self._progress, *services, max_bad_steps)
         self.checkpointer = Checkpointer(contents, self._progress, self._length, self.config, self.script, *services)
         self.checkpointer.resume()
+        self.signs.keep_on_main()
         if self.is_main:
             open_folder(self.folder, self.script, self.config)
             self.log.truncate_after(self.step, scored=not self.evaluation_due)
@@ -209,6 +230,7 @@ class Run(AbstractContextManager):
         if any(count for (count,) in self._gloo.gather_ints(len(errors))):
             first = self._gloo.gather_strings(errors)[0]
             self._optimizer_step.undo()
+            self.signs.move_to_main()
             self.checkpointer.save_before_error()
             raise UserError(
                 f"{first}. Stopped before step {self.step + 1}; set data.skip_bad_files to leave such files out"
@@ -263,7 +285,7 @@ class Run(AbstractContextManager):
         due = self.step % self.config.run.log_every == 0 or self.step == self.total
         if not due or steps[0]:
             return {}
-        return self.log.log_step(self.step, values, images)
+        return self.log.log_step(self.step, values | self.signs.read(self.step), images)
 
     @property
     def evaluation_due(self) -> bool:
@@ -281,6 +303,7 @@ class Run(AbstractContextManager):
             return
         self._progress.add_scores(scores)
         self.log.log_scores(self.step, scores, self._progress.is_best)
+        self.log.write({"step": self.step, "classes_not_predicted": len(self.signs.evaluated(self.step))})
 
     def picture_path(self) -> Path:
         """Path of the panel drawn after this step's evaluation."""
@@ -292,6 +315,8 @@ class Run(AbstractContextManager):
         Raises:
             UserError: the network is not finite.
         """
+        if self.checkpointer.is_due(stopping=bool(self._stop.agreed)):
+            self.signs.move_to_main()
         self.checkpointer.save_if_due(stopping=bool(self._stop.agreed))
         self.log.restart_clock(self.step)
 

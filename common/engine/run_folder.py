@@ -5,9 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from common.config import to_dict
+from common.config import config_of, to_dict
 from common.config.files import flatten
-from common.config.sections import FORMER_HEADS
 from common.engine import checkpoints
 from common.engine.log import replace_file
 from common.errors import UserError
@@ -44,15 +43,16 @@ def check_folder(folder: Path, script: str, config: Any) -> None:
         return
     try:
         owner = json.loads((folder / RUN_FILE).read_text())["script"]
-        old = flatten(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, KeyError):
+        stored = json.loads((folder / "config.json").read_text())
+        # Read as any config, so that former words and keys that came later compare as what they stand for.
+        old = flatten(to_dict(config_of(type(config), stored, folder / "config.json")))
+    except (OSError, ValueError, KeyError, UserError):
         raise UserError(
             f"{folder} is not a complete run folder: run.json or config.json is missing or damaged; "
             "move it away or set another run.dir"
         ) from None
     if owner != script:
         raise UserError(f"{folder} is a run of {owner}; set another run.dir")
-    old["model.head"] = FORMER_HEADS.get(old.get("model.head"), old.get("model.head"))
     new = flatten(to_dict(config))
     differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     changes = [f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differ if key not in FREE_KEYS]
@@ -92,3 +92,9 @@ def update_run_file(folder: Path, fields: dict[str, Any]) -> None:
     text = json.dumps(present | fields)
     if text != json.dumps(present):
         replace_file(path, text + "\n")
+
+
+def stored_before(folder: Path, key: str) -> bool:
+    """True if the folder's config was written before the project had the config key `key`, e.g. `model.drop_path`."""
+    path = folder / "config.json"
+    return path.exists() and key not in flatten(json.loads(path.read_text()))

@@ -4,18 +4,20 @@ Some are checked once before training (`startup_signs`), others are counted on t
 with the log. Each is printed once, with what to change; docs/troubleshooting.md explains them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from common import IGNORE
 from common.config.lengths import Decay, Steps, decay_of, in_steps
 from common.datasets.reader import Reader
+from common.engine.log import RunLog
 from common.errors import UserError
 from common.splits.split import classes_in
 
@@ -77,31 +79,25 @@ def classes_shown(reader: Reader, names: Sequence[str]) -> list[bool] | None:
         return np.any(list(pool.map(occurring, names)), axis=0).tolist()
 
 
-class Signs:
+class Signs(nn.Module):
     """Counts of pseudo-labels and predictions, kept on the device and read with the log.
+
+    The counts are a buffer, so that a skipped step is undone and a resumed run counts on.
 
     Args:
         class_names: Names of the classes.
         total: Optimizer steps of the run.
-        device: Where the counts are kept.
-        add_up: Sum of a tensor over processes.
-        warn: Print a line once.
+        accelerator: Adds up over processes.
+        log: Prints the warnings.
     """
 
-    def __init__(
-        self,
-        class_names: Sequence[str],
-        total: int,
-        device: torch.device,
-        add_up: Callable[[Tensor], Tensor],
-        warn: Callable[[str], None],
-    ) -> None:
+    def __init__(self, class_names: Sequence[str], total: int, accelerator: Accelerator, log: RunLog) -> None:
+        super().__init__()
         self._names, self._total = tuple(class_names), total
-        self._add_up, self._warn = add_up, warn
-        classes = len(self._names)
+        self._accelerator, self._log = accelerator, log
         # Pseudo-labels and confident ones since the last log line, labels and predictions since the last evaluation.
-        self._counts = torch.zeros(4, classes, dtype=torch.int64, device=device)
-        self._watches_pseudo_labels = False
+        self.register_buffer("counts", torch.zeros(4, len(self._names), dtype=torch.int64))
+        self.to(accelerator.device)
 
     @torch.no_grad()
     def count_pseudo_labels(self, pseudo_label: Tensor, confident: Tensor) -> None:
@@ -111,7 +107,6 @@ class Signs:
             pseudo_label: int64 [B,H,W]; 255 is not counted.
             confident: bool [B,H,W], True where the paper's threshold is passed.
         """
-        self._watches_pseudo_labels = True
         self._add(0, pseudo_label)
         self._add(1, torch.where(confident, pseudo_label, IGNORE))
 
@@ -131,11 +126,9 @@ class Signs:
 
         Collective: all processes call it. Waits for the device.
         """
-        if not self._watches_pseudo_labels:
-            return {}
-        labels, confident, shown, _ = self._add_up(self._counts).tolist()
-        self._counts[:2] = 0
-        if not sum(labels):
+        labels, confident, shown, _ = self._added_up()
+        self.counts[:2] = 0
+        if not sum(labels):  # a paper without pseudo-labels, or a run on labels only
             return {}
         values = {"confident": sum(confident) / sum(labels)}
         values |= {f"confident/{name}": part / all_ for name, part, all_ in zip(self._names, confident, labels) if all_}
@@ -150,37 +143,51 @@ class Signs:
 
         Collective: all processes call it. Waits for the device.
         """
-        _, _, shown, predicted = self._add_up(self._counts).tolist()
-        self._counts[2:] = 0
+        _, _, shown, predicted = self._added_up()
+        self.counts[2:] = 0
         lost = [name for name, there, found in zip(self._names, shown, predicted) if there and not found]
         if lost and step >= SETTLED * self._total:
-            self._warn(
-                f"classes that labels show and the network has not predicted since the last evaluation: "
-                f"{', '.join(lost)}; try data.class_balanced or optim.supervised_loss ce+dice"
+            self._log.print_once(
+                f"warning: labels show {', '.join(lost)}, which the network has not predicted since the last evaluation; "
+                "try data.class_balanced or optim.supervised_loss ce+dice"
             )
         return lost
 
+    def move_to_main(self) -> None:
+        """Add the counts of all processes to those of the main one, which writes the checkpoint. Collective."""
+        if self._accelerator.num_processes > 1:
+            self.counts.copy_(self._accelerator.reduce(self.counts, "sum"))
+            self.keep_on_main()
+
+    def keep_on_main(self) -> None:
+        """Clear the counts of the other processes: after loading, they have the main one's."""
+        if not self._accelerator.is_main_process:
+            self.counts.zero_()
+
+    def _added_up(self) -> list[list[int]]:
+        return self._accelerator.reduce(self.counts, "sum").tolist()
+
     def _warn_of_pseudo_labels(self, values: dict[str, float], largest: int, shown: list[int]) -> None:
         if values["confident"] < FEW_CONFIDENT:
-            self._warn(
-                f"{values['confident']:.2%} of the unlabeled pixels pass the confidence threshold: unlabeled images "
+            self._log.print_once(
+                f"warning: {values['confident']:.2%} of the unlabeled pixels pass the confidence threshold: unlabeled images "
                 "teach almost nothing; lower the threshold of the method section, or train longer"
             )
         common = sum(shown) and shown[largest] / sum(shown) > COMMON_CLASS
         if values["largest_class"] > ONE_CLASS and not common:
-            self._warn(
-                f"{values['largest_class']:.0%} of the pseudo-labels are {self._names[largest]}: training collapses to one "
+            self._log.print_once(
+                f"warning: {values['largest_class']:.0%} of the pseudo-labels are {self._names[largest]}: training collapses to one "
                 "class; lower optim.lr, raise the threshold of the method section, or begin from pretrained weights"
             )
 
     def _add(self, row: int, label: Tensor) -> None:
         """Count class ids of any shape; ids that are not classes are passed over."""
-        classes = self._counts.shape[1]
+        classes = self.counts.shape[1]
         flat = label.flatten()
         # Not bincount, which waits for the device to learn the size of its result.
         bins = torch.zeros(classes + 1, dtype=torch.int64, device=flat.device)
         bins.scatter_add_(0, flat.clamp(max=classes), torch.ones_like(flat))
-        self._counts[row] += bins[:classes]
+        self.counts[row] += bins[:classes]
 
 
 def _unreached(section: Any, total: int, prefix: str) -> Iterator[str]:
