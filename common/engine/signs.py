@@ -94,7 +94,7 @@ class Signs(nn.Module):
     def __init__(self, class_names: Sequence[str], total: int, accelerator: Accelerator, log: RunLog) -> None:
         super().__init__()
         self._names, self._total = tuple(class_names), total
-        self._accelerator, self._log = accelerator, log
+        self._accelerator, self._log, self._warned = accelerator, log, set()
         # Pseudo-labels and confident ones since the last log line, labels and predictions since the last evaluation.
         self.register_buffer("counts", torch.zeros(4, len(self._names), dtype=torch.int64))
         self.to(accelerator.device)
@@ -147,9 +147,10 @@ class Signs(nn.Module):
         self.counts[2:] = 0
         lost = [name for name, there, found in zip(self._names, shown, predicted) if there and not found]
         if lost and step >= SETTLED * self._total:
-            self._log.print_once(
-                f"warning: labels show {', '.join(lost)}, which the network has not predicted since the last evaluation; "
-                "try data.class_balanced or optim.supervised_loss ce+dice"
+            self._warn(
+                "not_predicted",
+                f"labels show {', '.join(lost)}, but the network has not predicted them since the last evaluation; set "
+                "data.class_balanced true, or optim.supervised_loss ce+dice",
             )
         return lost
 
@@ -169,16 +170,23 @@ class Signs(nn.Module):
 
     def _warn_of_pseudo_labels(self, values: dict[str, float], largest: int, shown: list[int]) -> None:
         if values["confident"] < FEW_CONFIDENT:
-            self._log.print_once(
-                f"warning: {values['confident']:.2%} of the unlabeled pixels pass the confidence threshold: unlabeled images "
-                "teach almost nothing; lower the threshold of the method section, or train longer"
+            self._warn(
+                "confident",
+                f"{values['confident']:.2%} of the unlabeled pixels pass the confidence threshold, so unlabeled images "
+                "teach almost nothing; lower the threshold of the method section, or train longer",
             )
-        common = sum(shown) and shown[largest] / sum(shown) > COMMON_CLASS
-        if values["largest_class"] > ONE_CLASS and not common:
-            self._log.print_once(
-                f"warning: {values['largest_class']:.0%} of the pseudo-labels are {self._names[largest]}: training collapses to one "
-                "class; lower optim.lr, raise the threshold of the method section, or begin from pretrained weights"
+        is_common = sum(shown) and shown[largest] / sum(shown) > COMMON_CLASS
+        if values["largest_class"] > ONE_CLASS and not is_common:
+            self._warn(
+                "largest_class",
+                f"{values['largest_class']:.0%} of the pseudo-labels are {self._names[largest]}, so training collapses "
+                "to it; lower optim.lr, raise the threshold of the method section, or start from pretrained weights",
             )
+
+    def _warn(self, sign: str, text: str) -> None:
+        if sign not in self._warned:
+            self._warned.add(sign)
+            self._log.print(f"warning: {text}")
 
     def _add(self, row: int, label: Tensor) -> None:
         """Count class ids of any shape; ids that are not classes are passed over."""

@@ -88,7 +88,7 @@ def build_resnet(
     dilation = dilation or DILATIONS[stem, output_stride]
     deep = {"stem_type": "deep", "stem_width": 64} if stem == "deep" else {}
     options = {"features_only": True, "out_indices": (1, 4), "output_stride": dilation.stride} | deep
-    # timm starts the last norm of every block at 0, where a block with frozen norms would stay dead; torchvision and the
+    # timm starts the last norm of every block at 0, so that a block with frozen norms stays dead; torchvision and the
     # papers' code start at 1.
     options["zero_init_last"] = False
     network = (
