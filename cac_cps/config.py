@@ -1,8 +1,9 @@
 """Configuration that CAC and CPS share: hyper-parameters, epoch length and evaluation protocol."""
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Optional, Union
 
+from common.config.lengths import Share
 from common.config.sections import BaseConfig
 from common.config.types import (
     ClosedUnitInterval,
@@ -24,9 +25,9 @@ class CAC:
     """CAC's hyper-parameters, named as in its config files.
 
     Args:
-        supervised: Train on the labeled images only.
+        supervised: CAC's name for `labels_only`.
         weight_unsup: Weight of the contrastive loss.
-        epoch_start_unsup: Number of first epochs that use labeled images only.
+        epoch_start_unsup: Number of first epochs that use labeled images only, or a share of the run, e.g. "30%".
         pos_thresh_value: Confidence that a positive cell must exceed in the other crop, which serves as its target.
         temp: Temperature of the contrastive loss.
         selected_num: Cells of each crop that enter the bank per step, over all processes.
@@ -38,7 +39,7 @@ class CAC:
 
     supervised: bool = False
     weight_unsup: NonNegativeFloat = 0.1
-    epoch_start_unsup: NonNegativeFloat = 5.0
+    epoch_start_unsup: Union[NonNegativeFloat, Share] = 5.0
     pos_thresh_value: ClosedUnitInterval = 0.75
     temp: PositiveFloat = 0.1
     selected_num: PositiveInt = 12800
@@ -76,6 +77,7 @@ class Method:
         decay_norms: Apply weight decay to batch-norm parameters and biases too.
         cac: Section of train.py.
         cps: Section of train_semiseg.py and train_semiseg_cutmix.py.
+        labels_only: Train on labeled images only: the same network, augmentation and schedule without unlabeled images.
     """
 
     base_size: Optional[Size] = None
@@ -85,6 +87,10 @@ class Method:
     decay_norms: bool = True
     cac: CAC = field(default_factory=CAC)
     cps: CPS = field(default_factory=CPS)
+    labels_only: bool = False
+
+    def __post_init__(self) -> None:
+        self.labels_only = self.labels_only or self.cac.supervised
 
 
 @dataclass

@@ -113,7 +113,7 @@ def _cell_predictions(network: nn.Module, views: Tensor) -> tuple[Tensor, Tensor
         network: Network with a `segmenter`, see `cac_cps.train`.
     """
     with evaluation_mode(network):
-        cells = F.avg_pool2d(network.segmenter.features(views), 2)
+        cells = F.adaptive_avg_pool2d(network.segmenter.features(views), [side // CELL for side in views.shape[-2:]])
         label, confidence = label_and_confidence(network.segmenter.classifier(cells))
     return label.cpu(), confidence.cpu()
 

@@ -22,6 +22,7 @@ from cac_cps.losses import context_loss
 from cac_cps.panels import save_pair_panel
 from cac_cps.released import translate
 from cac_cps.training import augment_labeled, check_unlabeled, make_labeled_images, make_optimizer, pair_crop
+from common.config.lengths import in_steps
 from common.config.sections import ModelConfig
 from common.engine.run import Run
 from common.engine.start import start
@@ -29,7 +30,7 @@ from common.errors import UserError, report_errors
 from common.evaluation.evaluate import evaluate_run
 from common.images import flatten_pixels, to_device
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import cross_entropy, label_and_confidence, upsample
+from common.losses import label_and_confidence, supervised_loss, upsample, zero_loss
 from common.models import build_network
 from common.optim import poly, set_lr
 
@@ -63,14 +64,16 @@ class CACNetwork(nn.Module):
 
         Returns:
             `labeled`: logits [B,C,h,w]. With views also, per cell of 8 x 8 pixels, `embedding1`, `embedding2`:
-            [B,D,h,w] of length 1, and `logits1`, `logits2`: [B,C,h,w]. Without views `nothing`: a zero that depends on
+            [B,D,h,w] of length 1, and `logits1`, `logits2`: [B,C,h,w]. Without views `idle`: a zero that depends on
             the projector, for whose gradients DDP waits.
         """
         output = {"labeled": self.segmenter(labeled)}
         if views is None:
-            return output | {"nothing": 0.0 * sum(parameter.sum() for parameter in self.projector.parameters())}
+            return output | {"idle": zero_loss(self.projector)}
         for number in (1, 2):
-            cells = F.avg_pool2d(self.segmenter.features(views[:, number - 1]), 2)
+            # At stride 4, as in the paper, the mean of 2 x 2 features; encoders and heads of other strides fit too.
+            size = [side // CELL for side in views.shape[-2:]]
+            cells = F.adaptive_avg_pool2d(self.segmenter.features(views[:, number - 1]), size)
             output[f"embedding{number}"] = F.normalize(self.projector(cells).float(), dim=1)
             output[f"logits{number}"] = self.segmenter.classifier(cells)
         return output
@@ -159,9 +162,11 @@ def cells_of(pairs: Sequence[Pair], output: dict[str, Tensor], run: Run) -> tupl
 
 def first_contrastive_step(config: Config, run: Run) -> int:
     """Count the steps that learn from labels only; a run given in steps counts as the 80 epochs of the paper."""
-    if config.method.cac.supervised:
+    if config.method.labels_only:
         return run.total
     epochs, begin = config.run.epochs or EPOCHS, config.method.cac.epoch_start_unsup
+    if isinstance(begin, str):
+        return in_steps(begin, run.total)
     if begin >= epochs:
         run.log.print(f"warning: no contrastive loss: method.cac.epoch_start_unsup {begin:g}, epochs {epochs}")
     return round(run.total * begin / epochs)
@@ -193,12 +198,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: Config, run: Run) -> None:
-    optim, method = config.optim, config.method.cac
+    optim, method, labels_only = config.optim, config.method.cac, config.method.labels_only
 
     reader, split = open_data(config, run.accelerator)
-    run.set_length(max(1, len(split.labeled) // optim.batch_size) if method.supervised else STEPS_PER_EPOCH)
+    run.set_length(max(1, len(split.labeled) // optim.batch_size) if labels_only else STEPS_PER_EPOCH)
+    run.examine(reader, split)
     labeled_images = make_labeled_images(reader, split.labeled, config)
-    if not method.supervised:
+    if not labels_only:
         check_unlabeled(split.unlabeled, config.data.lists)
         unlabeled_images = TrainingImages(
             reader, split.unlabeled, pair_crop(config), config.run.seed, "unlabeled", with_label=False
@@ -221,7 +227,7 @@ def train(config: Config, run: Run) -> None:
         run.save()
     begin = first_contrastive_step(config, run)
     labeled_batches = StepBatches(labeled_images, run)
-    unlabeled_batches = None if method.supervised else StepBatches(unlabeled_images, run, first_step=begin)
+    unlabeled_batches = None if labels_only else StepBatches(unlabeled_images, run, first_step=begin)
 
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
@@ -237,7 +243,9 @@ def train(config: Config, run: Run) -> None:
                 output = wrapped(image, views)
             with record_function("losses"):
                 size, corners = labeled.label.shape[-2:], network.segmenter.align_corners
-                supervised = cross_entropy(upsample(output["labeled"], size, corners), labeled.label)
+                logits = upsample(output["labeled"], size, corners)
+                supervised = supervised_loss(logits, labeled.label, kind=optim.supervised_loss)
+                run.signs.count_predictions(output["labeled"], labeled.label)
                 values = {"loss_supervised": supervised}
                 loss = supervised
                 if use_contrast:
@@ -247,7 +255,7 @@ def train(config: Config, run: Run) -> None:
                     values |= context_term(output, overlap, selected, bank, config, run)
                     loss = loss + method.weight_unsup * (values["loss1"] + values["loss2"])
                 else:
-                    loss = loss + output["nothing"]
+                    loss = loss + output["idle"]
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):

@@ -8,6 +8,8 @@ Two networks of different initialization learn from each other's hard prediction
 See cac_cps/README.md for every departure from the released code, hardware and results.
 """
 
+from typing import Any
+
 import torch
 from torch.profiler import record_function
 
@@ -41,13 +43,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: Config, run: Run) -> None:
-    optim, weight = config.optim, cps_weight(config, cutmix=False)
+    optim, labels_only = config.optim, config.method.labels_only
+    weight = cps_weight(config, cutmix=False)
 
     reader, split = open_data(config, run.accelerator)
-    check_unlabeled(split.unlabeled, config.data.lists)
+    if not labels_only:
+        check_unlabeled(split.unlabeled, config.data.lists)
     run.set_length(STEPS_PER_EPOCH)
+    run.examine(reader, split)
     labeled_images = make_labeled_images(reader, split.labeled, config)
-    unlabeled_images = make_unlabeled_images(reader, split.unlabeled, config, "unlabeled")
+    if not labels_only:
+        unlabeled_images = make_unlabeled_images(reader, split.unlabeled, config, "unlabeled")
 
     network = TwoNetworks(config.model)
     wrapped, optimizer = run.prepare(network, make_optimizer(config, network, config.method.cps.lr))
@@ -61,20 +67,32 @@ def train(config: Config, run: Run) -> None:
     if run.evaluation_due:  # resumed after an interrupted evaluation
         score()
         run.save()
-    labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
+    labeled_batches = StepBatches(labeled_images, run)
+    unlabeled_batches = None if labels_only else StepBatches(unlabeled_images, run)
 
+    watched: dict[str, Any] = {}
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
         for _ in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
-                unlabeled: Batch = next(unlabeled_batches)
+                unlabeled: Batch | None = None if labels_only else next(unlabeled_batches)
             with record_function("augmentation"):
-                labeled_image, unlabeled_image = augment_labeled(labeled, config), normalize(unlabeled.image)
+                labeled_image = augment_labeled(labeled, config)
+            size, corners = labeled.label.shape[-2:], network.first.align_corners
+            if labels_only:
+                with record_function("student"):
+                    output = wrapped(labeled_image)
+                with record_function("losses"):
+                    logits = [upsample(each, size, corners) for each in output.values()]
+                    losses = {"loss": sum(labeled_loss(each, labeled.label, config) for each in logits)}
+                    run.signs.count_predictions(output["labeled1"], labeled.label)
+                with record_function("backward"):
+                    run.backward(losses["loss"])
+                continue
             with record_function("student"):
-                output = wrapped(labeled_image, unlabeled_image)
+                output = wrapped(labeled_image, normalize(unlabeled.image))
             with record_function("teacher"):
-                size, corners = labeled.label.shape[-2:], network.first.align_corners
                 both = [torch.cat([output[f"labeled{number}"], output[f"unlabeled{number}"]]) for number in (1, 2)]
                 first, second = (upsample(logits, size, corners) for logits in both)
                 first_label, second_label = pseudo_label(first), pseudo_label(second)
@@ -84,18 +102,21 @@ def train(config: Config, run: Run) -> None:
                 supervised2 = labeled_loss(second[:images], labeled.label, config)
                 cps = cross_pseudo_loss(first, second, first_label, second_label)
                 loss = supervised1 + supervised2 + weight * cps
+                losses = {"loss": loss, "loss_supervised1": supervised1, "loss_supervised2": supervised2}
+                losses["loss_cps"] = cps
+                watched = {"disagreement": (first_label != second_label).float().mean()}
+                run.signs.count_pseudo_labels(second_label[len(labeled.label) :])
+                run.signs.count_predictions(output["labeled1"], labeled.label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            losses = {"loss": loss, "loss_supervised1": supervised1, "loss_supervised2": supervised2, "loss_cps": cps}
             if run.step_optimizer(optimizer, losses):
                 run.share_statistics(network)
 
-        values = losses | {
-            "disagreement": (first_label != second_label).float().mean(),
-            "lr": optimizer.param_groups[0]["lr"],
-        }
-        run.finish_step(values, images=2 * optim.batch_size)
+        run.finish_step(
+            losses | watched | {"lr": optimizer.param_groups[0]["lr"]},
+            images=(1 if labels_only else 2) * optim.batch_size,
+        )
         if run.evaluation_due:
             score()
         run.save()

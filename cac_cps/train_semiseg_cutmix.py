@@ -8,6 +8,8 @@ Each network labels two unlabeled images, and the other network learns from thei
 every departure from the released code, hardware and results.
 """
 
+from typing import Any
+
 from torch.profiler import record_function
 
 from cac_cps.config import STEPS_PER_EPOCH, Config, cps_weight, protocol_of
@@ -42,16 +44,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: Config, run: Run) -> None:
-    optim, weight = config.optim, cps_weight(config, cutmix=True)
+    optim, labels_only = config.optim, config.method.labels_only
+    weight = cps_weight(config, cutmix=True)
 
     reader, split = open_data(config, run.accelerator)
-    check_unlabeled(split.unlabeled, config.data.lists)
+    if not labels_only:
+        check_unlabeled(split.unlabeled, config.data.lists)
     run.set_length(STEPS_PER_EPOCH)
+    run.examine(reader, split)
     labeled_images = make_labeled_images(reader, split.labeled, config)
     # Two independent streams of the same images.
-    streams = [
-        make_unlabeled_images(reader, split.unlabeled, config, name) for name in ("unlabeled", "unlabeled, second")
-    ]
+    names = () if labels_only else ("unlabeled", "unlabeled, second")
+    streams = [make_unlabeled_images(reader, split.unlabeled, config, name) for name in names]
 
     network = TwoNetworks(config.model)
     wrapped, optimizer = run.prepare(network, make_optimizer(config, network, config.method.cps.lr))
@@ -67,6 +71,7 @@ def train(config: Config, run: Run) -> None:
         run.save()
     labeled_batches, *unlabeled_batches = (StepBatches(stream, run) for stream in (labeled_images, *streams))
 
+    watched: dict[str, Any] = {}
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
         for _ in run.accumulate(wrapped):
@@ -75,6 +80,18 @@ def train(config: Config, run: Run) -> None:
                 unlabeled: list[Batch] = [next(batches) for batches in unlabeled_batches]
             with record_function("augmentation"):
                 labeled_image = augment_labeled(labeled, config)
+            size, corners = labeled.label.shape[-2:], network.first.align_corners
+            if labels_only:
+                with record_function("student"):
+                    output = wrapped(labeled_image)
+                with record_function("losses"):
+                    logits = [upsample(each, size, corners) for each in output.values()]
+                    losses = {"loss": sum(labeled_loss(each, labeled.label, config) for each in logits)}
+                    run.signs.count_predictions(output["labeled1"], labeled.label)
+                with record_function("backward"):
+                    run.backward(losses["loss"])
+                continue
+            with record_function("augmentation"):
                 images = tuple(normalize(batch.image) for batch in unlabeled)
                 rngs = generators(config.run.seed, "boxes", unlabeled[0].positions)
                 mask = cutmix_box_masks(rngs, config.data.crop_size, run.device)
@@ -87,24 +104,26 @@ def train(config: Config, run: Run) -> None:
             with record_function("student"):
                 output = wrapped(labeled_image, mixed)
             with record_function("losses"):
-                size, corners = labeled.label.shape[-2:], network.first.align_corners
                 upsampled = {name: upsample(logits, size, corners) for name, logits in output.items()}
                 supervised1 = labeled_loss(upsampled["labeled1"], labeled.label, config)
                 supervised2 = labeled_loss(upsampled["labeled2"], labeled.label, config)
                 cps = cross_pseudo_loss(upsampled["unlabeled1"], upsampled["unlabeled2"], first_label, second_label)
                 loss = supervised1 + supervised2 + weight * cps
+                losses = {"loss": loss, "loss_supervised1": supervised1, "loss_supervised2": supervised2}
+                losses["loss_cps"] = cps
+                watched = {"disagreement": (first_label != second_label).float().mean()}
+                run.signs.count_pseudo_labels(second_label)
+                run.signs.count_predictions(output["labeled1"], labeled.label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            losses = {"loss": loss, "loss_supervised1": supervised1, "loss_supervised2": supervised2, "loss_cps": cps}
             if run.step_optimizer(optimizer, losses):
                 run.share_statistics(network)
 
-        values = losses | {
-            "disagreement": (first_label != second_label).float().mean(),
-            "lr": optimizer.param_groups[0]["lr"],
-        }
-        run.finish_step(values, images=3 * optim.batch_size)
+        run.finish_step(
+            losses | watched | {"lr": optimizer.param_groups[0]["lr"]},
+            images=(1 if labels_only else 3) * optim.batch_size,
+        )
         if run.evaluation_due:
             score()
         run.save()

@@ -59,7 +59,7 @@ def augment_labeled(batch: Batch, config: Config) -> Tensor:
 
 def labeled_loss(logits: Tensor, label: Tensor, config: Config) -> Tensor:
     """Cross-entropy of logits [B,C,H,W] with a label [B,H,W], over the hard pixels if `method.cps.ohem` is set."""
-    return supervised_loss(logits, label, CPS_OHEM if config.method.cps.ohem else None)
+    return supervised_loss(logits, label, CPS_OHEM if config.method.cps.ohem else None, config.optim.supervised_loss)
 
 
 def make_optimizer(config: Config, network: nn.Module, lr: float | None = None) -> torch.optim.Optimizer:

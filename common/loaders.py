@@ -21,7 +21,7 @@ from common.datasets import open_reader
 from common.datasets.reader import Reader
 from common.errors import UserError
 from common.seeding import generator
-from common.splits.split import Split, split_of
+from common.splits.split import Split, classes_in, split_of
 
 # (image uint8 [3,H,W], label uint8 [H,W] or None, generator) -> image and label, augmented and cropped, and optional
 # further values, which reach the training step as the batch's `details`
@@ -115,13 +115,23 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         processes, rank: Number of processes, and index of this one.
         first_pass: Backward passes already done (steps times accumulation).
         seed, stream: Seed and name of the stream, which determine the order of the images.
+        pools: Indices of the images of each class: a position draws a class, then one of its images. Without pools,
+            passes over all images follow each other.
     """
 
     def __init__(
-        self, length: int, batch: int, processes: int, rank: int, first_pass: int, seed: int, stream: str
+        self,
+        length: int,
+        batch: int,
+        processes: int,
+        rank: int,
+        first_pass: int,
+        seed: int,
+        stream: str,
+        pools: Sequence[np.ndarray] = (),
     ) -> None:
         self.length, self.batch, self.processes, self.rank = length, batch, processes, rank
-        self.first_pass, self.seed, self.stream = first_pass, seed, stream
+        self.first_pass, self.seed, self.stream, self.pools = first_pass, seed, stream, pools
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         number = self.first_pass
@@ -131,6 +141,9 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             number += 1
 
     def _index(self, position: int) -> int:
+        if self.pools:
+            rng = generator(self.seed, f"class of {self.stream}", position)
+            return int(rng.choice(self.pools[rng.integers(len(self.pools))]))
         epoch, offset = divmod(position, self.length)
         return int(_order(self.seed, self.stream, epoch, self.length)[offset])
 
@@ -158,8 +171,16 @@ class StepBatches:
         done: int | None = None,
     ) -> None:
         first_pass = (max(run.step, first_step) if done is None else done) * run.config.optim.accumulation
+        pools = images_by_class(images) if run.config.data.class_balanced and images.with_label else ()
         sampler = StepSampler(
-            len(images), batch_size or run.batch_size, run.processes, run.rank, first_pass, images.seed, images.stream
+            len(images),
+            batch_size or run.batch_size,
+            run.processes,
+            run.rank,
+            first_pass,
+            images.seed,
+            images.stream,
+            pools,
         )
         workers = run.config.data.workers
         self._run = run
@@ -181,6 +202,17 @@ class StepBatches:
 
     def __iter__(self) -> "StepBatches":
         return self
+
+
+def images_by_class(images: TrainingImages) -> list[np.ndarray]:
+    """Indices of the images that show a class, for every class that any image shows. Reads all labels.
+
+    Raises:
+        UserError: a label cannot be read.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        occurs = np.stack(list(pool.map(lambda name: classes_in(images.reader, name), images.names)))
+    return [np.flatnonzero(column) for column in occurs.T if column.any()]
 
 
 def open_data(config: Any, accelerator: Accelerator) -> tuple[Reader, Split]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from common import IGNORE
 
@@ -38,17 +39,63 @@ class OHEM:
     class_weight: torch.Tensor | None = None
 
 
-def supervised_loss(logits: torch.Tensor, label: torch.Tensor, ohem: OHEM | None = None) -> torch.Tensor:
-    """Mean cross-entropy over all labeled pixels, or over the hard ones.
+def supervised_loss(
+    logits: torch.Tensor, label: torch.Tensor, ohem: OHEM | None = None, kind: str = "ce"
+) -> torch.Tensor:
+    """Mean cross-entropy over all labeled pixels, or over the hard ones, and what `kind` adds to it.
 
     Args:
         logits: [B,C,H,W].
         label: int64 [B,H,W], 255 = ignore.
         ohem: Settings of the mining; None for the mean over all.
+        kind: `optim.supervised_loss`: `ce`, `ce+dice` or `ce+focal`.
     """
     if ohem is None:
-        return cross_entropy(logits, label)
-    return ohem_cross_entropy(logits, label, ohem.threshold, ohem.min_kept * len(label), ohem.class_weight)
+        loss = cross_entropy(logits, label)
+    else:
+        loss = ohem_cross_entropy(logits, label, ohem.threshold, ohem.min_kept * len(label), ohem.class_weight)
+    return loss if kind == "ce" else loss + added_loss(logits, label, kind)
+
+
+def added_loss(logits: torch.Tensor, label: torch.Tensor, kind: str) -> torch.Tensor:
+    """Loss [] that `optim.supervised_loss` adds to the cross-entropy: 0 for `ce`, `dice_loss` or `focal_loss`."""
+    return {"ce": lambda *_: logits.new_zeros(()), "ce+dice": dice_loss, "ce+focal": focal_loss}[kind](logits, label)
+
+
+def dice_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Mean of 1 - Dice over the classes that the batch's labels show; 0 (with a graph) if all pixels are ignored.
+
+    Every class counts the same, however few pixels it has (Milletari et al., "V-Net", 3DV 2016, for several classes).
+
+    Args:
+        logits: [B,C,H,W].
+        label: int64 [B,H,W], 255 = ignore.
+    """
+    valid = (label != IGNORE).unsqueeze(1)
+    probability = logits.float().softmax(1) * valid
+    target = torch.zeros_like(probability).scatter_(1, label.unsqueeze(1).clamp(max=logits.shape[1] - 1), 1.0) * valid
+    overlap, size, shown = ((part).sum((0, 2, 3)) for part in (probability * target, probability + target, target))
+    dice = 2 * overlap / size.clamp(min=1e-6)
+    return ((1 - dice) * (shown > 0)).sum() / (shown > 0).sum().clamp(min=1)
+
+
+def focal_loss(logits: torch.Tensor, label: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
+    """Mean of (1 - p)^gamma * cross-entropy, p the probability of the labeled class (Lin et al., ICCV 2017).
+
+    0 (with a graph) if all pixels are ignored.
+
+    Args:
+        logits: [B,C,H,W].
+        label: int64 [B,H,W], 255 = ignore.
+        gamma: Exponent; the larger, the less pixels count that are right already.
+    """
+    loss = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+    return ((1 - torch.exp(-loss)) ** gamma * loss).sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def zero_loss(module: nn.Module) -> torch.Tensor:
+    """Zero [] that depends on every trained parameter of `module`, because DDP waits for the gradients of all."""
+    return 0.0 * torch.stack([parameter.sum() for parameter in module.parameters() if parameter.requires_grad]).sum()
 
 
 def cross_entropy(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

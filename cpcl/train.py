@@ -11,6 +11,7 @@ from the released code, hardware and results.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class Method:
         ohem_threshold: Probability of its class up to which a labeled pixel is hard.
         ohem_min_kept: Smallest number of pixels per labeled image that are kept.
         ohem_class_weight: Weight of each class in the loss on hard pixels; empty for equal weights.
+        labels_only: Train on labeled images only: the same network, augmentation and schedule without unlabeled images.
     """
 
     unsup_weight: NonNegativeFloat = 1.0
@@ -61,6 +63,7 @@ class Method:
     ohem_threshold: ClosedUnitInterval = 0.7
     ohem_min_kept: PositiveInt = 50_000
     ohem_class_weight: tuple[PositiveFloat, ...] = ()
+    labels_only: bool = False
 
 
 @dataclass
@@ -97,7 +100,7 @@ def protocol_of(config: Config) -> Protocol:
 
 
 @torch.no_grad()
-def shown_labels(network: TwoNetworks, protocol: Protocol, image: Tensor) -> Mapping[str, Tensor]:
+def shown_labels(network: TwoNetworks, num_classes: int, protocol: Protocol, image: Tensor) -> Mapping[str, Tensor]:
     """Maps [1,H,W] for pictures: agreement of the networks on an image uint8 [1,3,H,W], and both pseudo-labels.
 
     The disagreement indicator is computed from the image alone; training computes it from a batch.
@@ -106,7 +109,6 @@ def shown_labels(network: TwoNetworks, protocol: Protocol, image: Tensor) -> Map
         predict_pixels(torch.div(*sum_logits(one, image, tuple(image.shape[-2:]), protocol)))
         for one in (network.first, network.second)
     )
-    num_classes = network.first.classifier.out_channels
     indicator = disagreement(count_pairs(first.label, second.label, num_classes))
     return {
         "agreement": first.label == second.label,
@@ -127,12 +129,13 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), len(split.unlabeled), optim.batch_size))
+    run.examine(reader, split)
     crop, seed = ScaleChoiceCrop(config.data.crop_size, method.train_scale_array, BEYOND), config.run.seed
     labeled_images = TrainingImages(reader, split.labeled, crop, seed, "labeled", with_label=True)
     # Two independent streams of the same images.
+    streams = () if method.labels_only else ("unlabeled", "unlabeled, second")
     unlabeled_images = [
-        TrainingImages(reader, split.unlabeled, crop, seed, stream, with_label=False)
-        for stream in ("unlabeled", "unlabeled, second")
+        TrainingImages(reader, split.unlabeled, crop, seed, stream, with_label=False) for stream in streams
     ]
 
     network = TwoNetworks(config.model)
@@ -146,7 +149,7 @@ def train(config: Config, run: Run) -> None:
     def score() -> None:
         protocol = protocol_of(config)
         run.log_scores(evaluate_run(network.first, reader, split, run, protocol))
-        maps = partial(shown_labels, network, protocol)
+        maps = partial(shown_labels, network, config.model.num_classes, protocol)
         save_panel(network.first, reader, split, run, maps=maps, protocol=protocol)
 
     if run.evaluation_due:  # resumed after an interrupted evaluation
@@ -154,12 +157,25 @@ def train(config: Config, run: Run) -> None:
         run.save()
     labeled_batches, *unlabeled_batches = (StepBatches(images, run) for images in (labeled_images, *unlabeled_images))
 
+    watched: dict[str, Any] = {}
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
         for _ in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
                 unlabeled: list[Batch] = [next(batches) for batches in unlabeled_batches]
+            size, corners = labeled.label.shape[-2:], network.first.align_corners
+            if method.labels_only:
+                with record_function("student"):
+                    output = wrapped(normalize(labeled.image))
+                with record_function("losses"):
+                    logits = [upsample(each, size, corners) for each in output.values()]
+                    loss = sum(supervised_loss(each, labeled.label, ohem, optim.supervised_loss) for each in logits)
+                    losses = {"loss": loss}
+                    run.signs.count_predictions(output["labeled1"], labeled.label)
+                with record_function("backward"):
+                    run.backward(loss)
+                continue
             with record_function("augmentation"):
                 images = tuple(normalize(batch.image) for batch in unlabeled)
                 rngs = generators(config.run.seed, "boxes", unlabeled[0].positions)
@@ -177,29 +193,32 @@ def train(config: Config, run: Run) -> None:
                 counts = count_pairs(first.label, second.label, config.model.num_classes, reduce)
                 shared, joined = intersect(first, second), unite(first, second, disagreement(counts))
             with record_function("losses"):
-                size, corners = labeled.label.shape[-2:], network.first.align_corners
                 logits = {name: upsample(each, size, corners) for name, each in output.items()}
-                supervised1 = supervised_loss(logits["labeled1"], labeled.label, ohem)
-                supervised2 = supervised_loss(logits["labeled2"], labeled.label, ohem)
+                supervised1 = supervised_loss(logits["labeled1"], labeled.label, ohem, optim.supervised_loss)
+                supervised2 = supervised_loss(logits["labeled2"], labeled.label, ohem, optim.supervised_loss)
                 intersection = reweighted_loss(logits["unlabeled1"], shared)
                 union = reweighted_loss(logits["unlabeled2"], joined)
                 loss = supervised1 + supervised2 + method.unsup_weight * (intersection + union)
+                losses = {"loss": loss, "loss_supervised1": supervised1, "loss_supervised2": supervised2}
+                losses |= {"loss_intersection": intersection, "loss_union": union}
+                watched = {
+                    "agreement": counts.diagonal().sum() / counts.sum(),
+                    "confidence": (first.confidence + second.confidence).mean() / 2,
+                }
+                run.signs.count_pseudo_labels(joined.label)
+                run.signs.count_predictions(output["labeled1"], labeled.label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            losses = {"loss": loss, "loss_supervised1": supervised1, "loss_supervised2": supervised2}
-            losses |= {"loss_intersection": intersection, "loss_union": union}
             stepped = run.step_optimizer(optimizer, losses)
         with record_function("teacher update"):  # the teachers are the networks themselves
             if stepped:
                 run.share_statistics(network)
 
-        values = losses | {
-            "agreement": counts.diagonal().sum() / counts.sum(),
-            "confidence": (first.confidence + second.confidence).mean() / 2,
-            "lr": optimizer.param_groups[0]["lr"],
-        }
-        run.finish_step(values, images=3 * optim.batch_size)
+        run.finish_step(
+            losses | watched | {"lr": optimizer.param_groups[0]["lr"]},
+            images=(1 if method.labels_only else 3) * optim.batch_size,
+        )
         if run.evaluation_due:
             score()
         run.save()

@@ -12,7 +12,7 @@ css/README.md for every departure from the released code, hardware and results.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.profiler import record_function
 from common import IGNORE
 from common.augment import apply_geometry_batch, color_jitter_blur_flip, draw_geometry, mix_batch
 from common.augment.views import CropTransform, augment_labeled
+from common.config.lengths import Decay, decay_of
 from common.config.sections import BaseConfig, ModelConfig
 from common.config.types import (
     ClosedUnitInterval,
@@ -38,7 +39,7 @@ from common.evaluation.evaluate import evaluate_run, save_panel
 from common.evaluation.inference import evaluation_mode
 from common.images import normalize
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import OHEM, supervised_loss, upsample
+from common.losses import OHEM, supervised_loss, upsample, zero_loss
 from common.mean_teacher import ema_decay, make_teacher, update_teacher
 from common.models import build_network, conv_head
 from common.optim import build_optimizer, exponential_ramp, poly, set_lr
@@ -90,11 +91,12 @@ class Method:
         mix_mode: Mixing of unlabeled images.
         scale_range: Smallest and largest random scale in the first pass over the unlabeled images.
         embedding_dim: Dimensions of the representation.
+        labels_only: Train on labeled images only: the same network, augmentation and schedule without unlabeled images.
     """
 
     pseudo_label: Space = "mix"
-    alpha_t: ClosedUnitInterval = 0.99
-    alpha_p: ClosedUnitInterval = 0.99
+    alpha_t: Decay = 0.99
+    alpha_p: Decay = 0.99
     un_threshold: ClosedUnitInterval = 0.97
     weak_threshold: ClosedUnitInterval = 0.7
     strong_threshold: ClosedUnitInterval = 0.8
@@ -119,6 +121,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.similarity_temp is None:
             self.similarity_temp = 0.1 if self.pseudo_label == "cross" else 0.25
+
+    labels_only: bool = False
 
 
 @dataclass
@@ -145,15 +149,18 @@ class CSSNetwork(nn.Module):
         feature = self.segmenter.features(image)
         return self.segmenter.classifier(feature), self.representation(feature)
 
-    def forward(self, labeled: Tensor, unlabeled: Tensor) -> dict[str, Tensor]:
+    def forward(self, labeled: Tensor, unlabeled: Tensor | None = None) -> dict[str, Tensor]:
         """Run the one forward of a step; separate passes of the two batches keep the paper's batch-norm statistics.
 
         Args:
-            labeled, unlabeled: Normalized images [B,3,H,W].
+            labeled, unlabeled: Normalized images [B,3,H,W]; without unlabeled ones the network learns from labels only.
 
         Returns:
-            `labeled`, `unlabeled`: logits [B,C,h,w]; `representation`: [2B,D,h,w], labeled first.
+            `labeled`, `unlabeled`: logits [B,C,h,w]; `representation`: [2B,D,h,w], labeled first. Without unlabeled
+            images `labeled` and `idle`, a zero that depends on the other head.
         """
+        if unlabeled is None:
+            return {"labeled": self.segmenter(labeled), "idle": zero_loss(self.representation)}
         logits, representations = zip(self.both_spaces(labeled), self.both_spaces(unlabeled))
         return {"labeled": logits[0], "unlabeled": logits[1], "representation": torch.cat(representations)}
 
@@ -227,14 +234,14 @@ def contrastive_term(
     classes = contrastive_labels(label, pseudo_label, confidence, method.weak_threshold, representation.shape[-2:])
     reduce = partial(run.accelerator.reduce, reduction="sum")
     if weight == 0:
-        memory.update(representation, classes, method.alpha_p, reduce)
+        memory.update(representation, classes, decay_of(method.alpha_p, run.total), reduce)
         return 0.0 * representation.sum()  # the head stays in the graph: DDP waits for its gradients
     with torch.no_grad():
         if method.pseudo_label == "ori":
             scores = torch.cat([output["labeled"], output["unlabeled"]]).float()
         else:
             scores = similarity(representation, memory.mean) / method.similarity_temp
-    present = memory.update(representation, classes, method.alpha_p, reduce)
+    present = memory.update(representation, classes, decay_of(method.alpha_p, run.total), reduce)
     samples = sample(
         classes,
         scores.softmax(1),
@@ -301,11 +308,16 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
+    run.examine(reader, split, LR_FLOOR)
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
     cropped = CropTransform(config.data.crop_size)
     labeled_images = TrainingImages(reader, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
-    unlabeled_images = TrainingImages(reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
+    if not method.labels_only:
+        unlabeled_images = TrainingImages(
+            reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False
+        )
 
+    decay = decay_of(method.alpha_t, run.total)
     network = CSSNetwork(config.model, method.embedding_dim)
     teacher = run.to_device(make_teacher(network))
     memory = run.to_device(Prototypes(config.model.num_classes, method.embedding_dim))
@@ -324,8 +336,10 @@ def train(config: Config, run: Run) -> None:
     if run.evaluation_due:  # resumed after an interrupted evaluation
         score()
         run.save()
-    labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
+    labeled_batches = StepBatches(labeled_images, run)
+    unlabeled_batches = None if method.labels_only else StepBatches(unlabeled_images, run)
 
+    watched: dict[str, Any] = {}
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power), floor=LR_FLOOR)
         epoch = epoch_of(step, run, method)
@@ -333,9 +347,19 @@ def train(config: Config, run: Run) -> None:
         for _ in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
-                unlabeled: Batch = next(unlabeled_batches)
+                unlabeled: Batch | None = None if method.labels_only else next(unlabeled_batches)
             with record_function("augmentation"):
                 labeled_image, label = augment_labeled(labeled.image, labeled.label, labeled.positions, config.run.seed)
+            if method.labels_only:
+                with record_function("student"):
+                    output = wrapped(normalize(labeled_image))
+                with record_function("losses"):
+                    logits = upsample(output["labeled"], label.shape[-2:], network.segmenter.align_corners)
+                    losses = {"loss": supervised_loss(logits, label, ohem, optim.supervised_loss) + output["idle"]}
+                    run.signs.count_predictions(output["labeled"], label)
+                with record_function("backward"):
+                    run.backward(losses["loss"])
+                continue
             with record_function("teacher"):
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = teacher_labels(
@@ -349,32 +373,30 @@ def train(config: Config, run: Run) -> None:
                 output = wrapped(normalize(labeled_image), normalize(image))
             with record_function("losses"):
                 size, corners = label.shape[-2:], network.segmenter.align_corners
-                supervised = supervised_loss(upsample(output["labeled"], size, corners), label, ohem)
+                labeled_logits = upsample(output["labeled"], size, corners)
+                supervised = supervised_loss(labeled_logits, label, ohem, optim.supervised_loss)
                 unlabeled_logits = upsample(output["unlabeled"], size, corners)
                 first, last = ((pseudo_label[:, k], confidence[:, k]) for k in (0, -1))
                 unsupervised = unsupervised_loss(unlabeled_logits, *last, method.un_threshold)
                 contrastive = contrastive_term(output, memory, label, *first, weight, config, run)
                 loss = supervised + unsupervised + weight * contrastive
+                losses = {"loss": loss, "loss_supervised": supervised}
+                losses |= {"loss_unsupervised": unsupervised, "loss_contrastive": contrastive}
+                watched = {"contrastive_weight": weight, "pseudo_labeled": (last[0] != IGNORE).float().mean()}
+                run.signs.count_pseudo_labels(last[0], last[1] >= method.un_threshold)
+                run.signs.count_predictions(output["labeled"], label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            losses = {"loss": loss, "loss_supervised": supervised}
-            losses |= {"loss_unsupervised": unsupervised, "loss_contrastive": contrastive}
             stepped = run.step_optimizer(optimizer, losses)
         with record_function("teacher update"):
             if stepped:
-                update_teacher(teacher, network, ema_decay(step, method.alpha_t))
+                update_teacher(teacher, network, ema_decay(step, decay))
                 run.share_statistics(network, teacher)
 
         run.finish_step(
-            losses
-            | {
-                "contrastive_weight": weight,
-                "confident": (last[1] >= method.un_threshold).float().mean(),
-                "pseudo_labeled": (last[0] != IGNORE).float().mean(),
-                "lr": optimizer.param_groups[0]["lr"],
-            },
-            images=2 * optim.batch_size,
+            losses | watched | {"lr": optimizer.param_groups[0]["lr"]},
+            images=(1 if method.labels_only else 2) * optim.batch_size,
         )
         if run.evaluation_due:
             score()

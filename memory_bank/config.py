@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
+from common.config.lengths import Decay, Steps
 from common.config.sections import BaseConfig
 from common.config.types import (
     BatchSize,
     ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveInt,
     Size,
     number,
     whole_number,
@@ -38,7 +38,7 @@ class Adaptation:
     source_root: Optional[str] = None
     contrast_weight: NonNegativeFloat = 0.2
     mix_probability: ClosedUnitInterval = 0.25
-    last_steps: NonNegativeInt = 100
+    last_steps: Steps = 100
 
 
 @dataclass
@@ -74,20 +74,22 @@ class Method:
             best checkpoint.
         refresh_batches: Largest number of unlabeled batches from which the batch-norm statistics of the best network
             are recomputed at the end of the run (never more than the run has steps); 0 disables it.
+        labels_only: Train on labeled images only: the same network, augmentation and schedule without unlabeled images,
+            bank and contrastive loss; in domain adaptation on the labels of the target.
         adaptation: Section of train_domain_adaptation.py.
     """
 
-    alpha: ClosedUnitInterval = 0.995
+    alpha: Decay = 0.995
     bank_size: BankSize = 256
-    bank_start: NonNegativeInt = 1000
+    bank_start: Steps = 1000
     bank_rows_factor: BankFactor = 1.0
     bank_threshold: ClosedUnitInterval = 0.95
     bank_ranking: Literal["lowest", "highest"] = "lowest"
     embedding_dim: Size = 256
-    contrast_start: NonNegativeInt = 2000
+    contrast_start: Steps = 2000
     contrast_weight: NonNegativeFloat = 0.1
     confidence_power: NonNegativeFloat = 6.0
-    ramp_steps: PositiveInt = 2000
+    ramp_steps: Steps = 2000
     entropy_weight: NonNegativeFloat = 0.01
     entropy_broadcast: bool = False
     class_balance: bool = False
@@ -98,6 +100,7 @@ class Method:
     save_teacher_test: bool = False
     patience: ClosedUnitInterval = 0.2
     refresh_batches: NonNegativeInt = 1000
+    labels_only: bool = False
     adaptation: Adaptation = field(default_factory=Adaptation)
 
     def unlabeled_batch(self, labeled: int) -> int:

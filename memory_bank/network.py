@@ -11,7 +11,7 @@ from common.config.sections import ModelConfig
 from common.engine.run import Run
 from common.evaluation.inference import evaluation_mode
 from common.images import flatten_pixels, normalize
-from common.losses import label_and_confidence, upsample
+from common.losses import label_and_confidence, upsample, zero_loss
 from common.models import build_network
 from memory_bank.bank import correct_and_confident, nearest_labels
 from memory_bank.config import Config
@@ -57,8 +57,7 @@ class MemoryBankNetwork(nn.Module):
         features = {name: self.segmenter.features(image) for name, image in images.items()}
         output = {name: self.segmenter.classifier(feature) for name, feature in features.items()}
         if labels is None:
-            sums = [parameter.sum() for parameter in self.heads.parameters() if parameter.requires_grad]
-            return output | {"idle": 0.0 * torch.stack(sums).sum()}
+            return output | {"idle": zero_loss(self.heads)}
         for name, label in labels.items():
             small = nearest_labels(label, features[name].shape[-2:])
             output[f"{name}_embeddings"] = self.heads(features[name], small)

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch.profiler import record_function
 
+from common.config.lengths import decay_of, in_steps
 from common.datasets import open_source_domain
 from common.engine.run import Run
 from common.engine.start import start
@@ -18,7 +19,7 @@ from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import upsample
+from common.losses import added_loss, upsample
 from common.mean_teacher import make_teacher, update_teacher
 from common.optim import build_optimizer, poly, set_lr
 from memory_bank.augment import WEAK, augment_labeled, augment_unlabeled, crop_of
@@ -66,11 +67,15 @@ def train(config: Config, run: Run) -> None:
     with run.accelerator.main_process_first():  # one process draws the built-in data
         source = open_source_domain(config.data, adaptation.source_dataset, adaptation.source_root)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
+    run.examine(reader, split)
     cropped = crop_of(config)
     labeled_images = TrainingImages(reader, split.labeled, cropped, config.run.seed, "labeled", with_label=True)
     source_names = source.names("train")
     source_images = TrainingImages(source, source_names, cropped, config.run.seed, "source", with_label=True)
-    unlabeled_images = TrainingImages(reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
+    if not method.labels_only:
+        unlabeled_images = TrainingImages(
+            reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False
+        )
     share, max_new = unlabeled_share(config, run), max_new_per_class(config, split)
 
     network = MemoryBankNetwork(config.model, method.embedding_dim, freezes_norms(config, run))
@@ -91,21 +96,39 @@ def train(config: Config, run: Run) -> None:
         run.save()
     if restart.due:
         restart_from_best(state, config, run)
-    done = target_steps(run.step, run.total, adaptation.last_steps)
+    last_steps = run.total if method.labels_only else in_steps(adaptation.last_steps, run.total)
+    done = target_steps(run.step, run.total, last_steps)
     labeled_batches = StepBatches(labeled_images, run, done=done)
     source_batches = StepBatches(source_images, run, done=run.step - done)
-    unlabeled_batches = StepBatches(unlabeled_images, run, batch_size=share)
+    unlabeled_batches = None if method.labels_only else StepBatches(unlabeled_images, run, batch_size=share)
+    decay = decay_of(method.alpha, run.total)
+    contrast_start, bank_start, ramp_steps = (
+        in_steps(value, run.total) for value in (method.contrast_start, method.bank_start, method.ramp_steps)
+    )
 
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
-        use_contrast, fill_bank = step > method.contrast_start, step > method.bank_start
+        use_contrast, fill_bank = step > contrast_start, step > bank_start
         weight = adaptation.contrast_weight
-        is_target = takes_target(step, run.total, adaptation.last_steps)
-        counted = target_steps(step, run.total, adaptation.last_steps)
+        is_target = takes_target(step, run.total, last_steps)
+        counted = target_steps(step, run.total, last_steps)
         for part in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches if is_target else source_batches)
-                unlabeled: Batch = next(unlabeled_batches)
+                unlabeled: Batch | None = None if method.labels_only else next(unlabeled_batches)
+            if method.labels_only:
+                with record_function("augmentation"):
+                    labeled_image, label = augment_labeled(labeled, ranges, "weak view", config, run)
+                with record_function("student"):
+                    output = wrapped({"labeled": normalize(labeled_image)}, None)
+                with record_function("losses"):
+                    logits = upsample(output["labeled"], label.shape[-2:], network.segmenter.align_corners)
+                    loss = supervised_loss(logits, label, balance.ones()) + output["idle"]
+                    losses = {"loss": loss + added_loss(logits, label, optim.supervised_loss)}
+                    run.signs.count_predictions(output["labeled"], label)
+                with record_function("backward"):
+                    run.backward(losses["loss"])
+                continue
             with record_function("teacher"), labeling_network(network, teacher, config) as labeling:
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = pseudo_labels(labeling, weak_image, run)
@@ -132,35 +155,40 @@ def train(config: Config, run: Run) -> None:
                 class_weight = (
                     balance.weights(counted + is_target) if method.class_balance and use_contrast else balance.ones()
                 )
-                supervised = supervised_loss(upsample(output["labeled"], size, corners), label, class_weight)
+                labeled_logits = upsample(output["labeled"], size, corners)
+                supervised = supervised_loss(labeled_logits, label, class_weight)
+                supervised = supervised + added_loss(labeled_logits, label, optim.supervised_loss)
                 contrast_labeled = contrastive_term("labeled", output, bank, network)
                 unlabeled_logits = upsample(output["unlabeled"], size, corners)
-                power, rampup = method.confidence_power, ramp(step, method.ramp_steps)
+                power, rampup = method.confidence_power, ramp(step, ramp_steps)
                 pseudo = rampup * pseudo_label_loss(unlabeled_logits, pseudo_label, confidence, class_weight, power)
                 entropy = entropy_loss(unlabeled_logits, pseudo_label, method.entropy_broadcast)
                 contrast_unlabeled = contrastive_term("unlabeled", output, bank, network)
                 loss = supervised + weight * contrast_labeled + pseudo + method.entropy_weight * entropy
                 loss = loss + weight * contrast_unlabeled
+                name = "loss_supervised" if is_target else "loss_source"
+                losses = {"loss": loss, name: supervised, "loss_pseudo": pseudo, "entropy": entropy}
+                if use_contrast:
+                    losses |= {"contrast_labeled": contrast_labeled} if is_target else {}
+                    losses |= {"contrast_unlabeled": contrast_unlabeled}
+                # Pseudo-labels count by a power of their confidence, without a threshold.
+                run.signs.count_pseudo_labels(pseudo_label)
+                run.signs.count_predictions(output["labeled"], label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            name = "loss_supervised" if is_target else "loss_source"
-            losses = {"loss": loss, name: supervised, "loss_pseudo": pseudo, "entropy": entropy}
-            if use_contrast:
-                losses |= {"contrast_labeled": contrast_labeled} if is_target else {}
-                losses |= {"contrast_unlabeled": contrast_unlabeled}
-            else:
+            if method.labels_only or not use_contrast:
                 network.heads.zero_grad()  # no weight decay before the heads learn
             stepped = run.step_optimizer(optimizer, losses)
         with record_function("teacher update"):
             if stepped:
-                update_teacher(teacher, network, teacher_decay(step, run.total, method.alpha, WARM_UP))
+                update_teacher(teacher, network, teacher_decay(step, run.total, decay, WARM_UP))
                 run.share_statistics(network, teacher)
 
         run.finish_step(
             losses
             | {"bank_filled": bank.filled.float().mean() / method.bank_size, "lr": optimizer.param_groups[0]["lr"]},
-            images=optim.batch_size + method.unlabeled_batch(optim.batch_size),
+            images=optim.batch_size + (0 if method.labels_only else method.unlabeled_batch(optim.batch_size)),
         )
         if is_evaluated := run.evaluation_due:
             score()

@@ -10,13 +10,14 @@ thresholds count both halves. See memory_bank/README.md for the memory saved and
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from common.config.lengths import decay_of, in_steps
 from common.engine.run import Run
 from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import upsample
+from common.losses import added_loss, upsample
 from common.mean_teacher import make_teacher, update_teacher
 from common.optim import build_optimizer, poly, set_lr
 from memory_bank.augment import WEAK, augment_labeled, augment_unlabeled, crop_of
@@ -57,7 +58,11 @@ def labeled_pass(
         The losses by name, 0-d; `loss` is their weighted sum.
     """
     network, teacher, bank, balance, method = state.network, state.teacher, state.bank, state.balance, config.method
-    use_contrast, fill_bank = half > method.contrast_start, half > method.bank_start
+    contrast_start, bank_start = (
+        in_steps(start, 2 * run.total) for start in (method.contrast_start, method.bank_start)
+    )
+    use_contrast = not method.labels_only and half > contrast_start
+    fill_bank = not method.labels_only and half > bank_start
     balance.add_labeled(half // 2, labeled.label, part)
     with record_function("augmentation"):
         labeled_image, label = augment_labeled(labeled, WEAK, "weak view", config, run)
@@ -73,7 +78,10 @@ def labeled_pass(
         size, corners = label.shape[-2:], network.segmenter.align_corners
         # The pseudo-labels of this step are not counted yet.
         class_weight = balance.weights(half // 2) if method.class_balance and use_contrast else balance.ones()
-        supervised = supervised_loss(upsample(output["labeled"], size, corners), label, class_weight)
+        logits = upsample(output["labeled"], size, corners)
+        supervised = supervised_loss(logits, label, class_weight)
+        supervised = supervised + added_loss(logits, label, config.optim.supervised_loss)
+        run.signs.count_predictions(output["labeled"], label)
         contrast_labeled = contrastive_term("labeled", output, bank, network)
         loss = supervised + method.contrast_weight * contrast_labeled
     with record_function("backward"):
@@ -87,7 +95,7 @@ def unlabeled_pass(
 ) -> dict[str, Tensor]:
     """Forward and backward pass of unlabeled images; arguments and result as in `labeled_pass`."""
     network, teacher, bank, balance, method = state.network, state.teacher, state.bank, state.balance, config.method
-    use_contrast = half > method.contrast_start
+    use_contrast = half > in_steps(method.contrast_start, 2 * run.total)
     with record_function("teacher"), labeling_network(network, teacher, config) as labeling:
         weak_image = unlabeled.image.float() / 255
         weak_label, weak_confidence = pseudo_labels(labeling, weak_image, run)
@@ -102,10 +110,11 @@ def unlabeled_pass(
         # Here class weights do not wait for the contrastive loss, as released.
         class_weight = balance.weights(half // 2 + 1) if method.class_balance else balance.ones()
         unlabeled_logits = upsample(output["unlabeled"], pseudo_label.shape[-2:], network.segmenter.align_corners)
-        power, rampup = method.confidence_power, ramp(half, method.ramp_steps)
+        power, rampup = method.confidence_power, ramp(half, in_steps(method.ramp_steps, 2 * run.total))
         pseudo = rampup * pseudo_label_loss(unlabeled_logits, pseudo_label, confidence, class_weight, power)
         entropy = entropy_loss(unlabeled_logits, pseudo_label, method.entropy_broadcast)
         contrast_unlabeled = contrastive_term("unlabeled", output, bank, network)
+        run.signs.count_pseudo_labels(pseudo_label)  # they count by a power of their confidence, without a threshold
         loss = pseudo + method.entropy_weight * entropy + method.contrast_weight * contrast_unlabeled
     with record_function("backward"):
         run.backward(loss)
@@ -124,11 +133,16 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
+    run.examine(reader, split)
     cropped = crop_of(config)
     labeled_images = TrainingImages(reader, split.labeled, cropped, config.run.seed, "labeled", with_label=True)
-    unlabeled_images = TrainingImages(reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
+    if not method.labels_only:
+        unlabeled_images = TrainingImages(
+            reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False
+        )
     share, max_new = unlabeled_share(config, run), max_new_per_class(config, split)
 
+    decay = decay_of(method.alpha, 2 * run.total)
     network = MemoryBankNetwork(config.model, method.embedding_dim, freezes_norms(config, run))
     teacher = run.to_device(make_teacher(network))
     state = build(network, teacher, split, config, run)
@@ -147,14 +161,15 @@ def train(config: Config, run: Run) -> None:
     if state.restart.due:
         restart_from_best(state, config, run)
     labeled_batches = StepBatches(labeled_images, run)
-    unlabeled_batches = StepBatches(unlabeled_images, run, batch_size=share)
+    unlabeled_batches = None if method.labels_only else StepBatches(unlabeled_images, run, batch_size=share)
 
     for step in run.steps():
         with record_function("data"):  # of both halves: an unreadable file then leaves no half step done
             labeled: list[Batch] = [next(labeled_batches) for _ in range(optim.accumulation)]
-            unlabeled: list[Batch] = [next(unlabeled_batches) for _ in range(optim.accumulation)]
+            passes = 0 if method.labels_only else optim.accumulation
+            unlabeled: list[Batch] = [next(unlabeled_batches) for _ in range(passes)]
         logged = {"loss": 0.0}
-        for half in (2 * step, 2 * step + 1):
+        for half in (2 * step,) if method.labels_only else (2 * step, 2 * step + 1):
             set_lr(optimizer, poly(half, 2 * run.total, optim.poly_power))
             for part in run.accumulate(wrapped):
                 if half % 2 == 0:
@@ -162,12 +177,16 @@ def train(config: Config, run: Run) -> None:
                 else:
                     losses = unlabeled_pass(state, wrapped, unlabeled[part], part, half, config, run)
             with record_function("optimizer"):
-                if half <= method.contrast_start:
+                if method.labels_only or half <= in_steps(method.contrast_start, 2 * run.total):
                     network.heads.zero_grad()  # no weight decay before the heads learn
                 stepped = run.step_optimizer(optimizer, losses)
             with record_function("teacher update"):
                 if stepped:
-                    update_teacher(teacher, network, teacher_decay(half, 2 * run.total, method.alpha, WARM_UP))
+                    update_teacher(
+                        teacher,
+                        network,
+                        teacher_decay(half, 2 * run.total, decay, WARM_UP),
+                    )
                     run.share_statistics(network, teacher)
             logged |= losses | {"loss": logged["loss"] + losses["loss"]}
 
@@ -177,7 +196,7 @@ def train(config: Config, run: Run) -> None:
                 "bank_filled": state.bank.filled.float().mean() / method.bank_size,
                 "lr": optimizer.param_groups[0]["lr"],
             },
-            images=optim.batch_size + method.unlabeled_batch(optim.batch_size),
+            images=optim.batch_size + (0 if method.labels_only else method.unlabeled_batch(optim.batch_size)),
         )
         if is_evaluated := run.evaluation_due:
             score()

@@ -92,14 +92,17 @@ def restart_from_best(state: TrainState, config: Config, run: Run) -> None:
 
 
 def refresh_batch_norm(
-    state: TrainState, reader: Reader, split: Split, unlabeled_batches: StepBatches, config: Config, run: Run
+    state: TrainState, reader: Reader, split: Split, unlabeled_batches: StepBatches | None, config: Config, run: Run
 ) -> None:
     """Recompute the best network's batch-norm statistics on unlabeled crops, and save the network with its new score.
+
+    A run on labels only leaves them as they are.
 
     Raises:
         Stopped: a signal asked for it; the same command repeats this.
     """
-    best = run.read_best() if config.method.refresh_batches and not run.has_variant(REFRESHED) else None
+    refresh = config.method.refresh_batches and not config.method.labels_only
+    best = run.read_best() if refresh and not run.has_variant(REFRESHED) else None
     if best is None:
         return
     network = deepcopy(state.evaluated)

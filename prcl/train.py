@@ -11,7 +11,7 @@ departure from the released code, hardware and results.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch.profiler import record_function
 
 from common.augment import apply_geometry_batch, color_jitter_blur_flip, draw_geometry, mix_batch
 from common.augment.views import CropTransform, augment_labeled
+from common.config.lengths import Decay, decay_of
 from common.config.sections import BaseConfig, ModelConfig
 from common.config.types import ClosedUnitInterval, NonNegativeFloat, NonPositiveFloat, PositiveFloat, Scale, Size
 from common.engine.run import Run
@@ -28,7 +29,7 @@ from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import cross_entropy, label_and_confidence, upsample
+from common.losses import label_and_confidence, supervised_loss, upsample, zero_loss
 from common.mean_teacher import ema_decay, make_teacher, update_teacher
 from common.models import build_network, conv_head
 from common.optim import build_optimizer, exponential_ramp, poly, set_lr
@@ -61,9 +62,10 @@ class Method:
         mix_mode: Mixing of unlabeled images.
         scale_range: Smallest and largest random scale in the first pass over the unlabeled images.
         embedding_dim: Dimensions of the embedding.
+        labels_only: Train on labeled images only: the same network, augmentation and schedule without unlabeled images.
     """
 
-    alpha: ClosedUnitInterval = 0.99
+    alpha: Decay = 0.99
     uncer_lr: PositiveFloat = 5e-5
     un_threshold: ClosedUnitInterval = 0.97
     weak_threshold: ClosedUnitInterval = 0.7
@@ -79,6 +81,7 @@ class Method:
     mix_mode: Literal["none", "cutout", "cutmix", "classmix"] = "classmix"
     scale_range: tuple[Scale, Scale] = (0.5, 1.5)
     embedding_dim: Size = 256
+    labels_only: bool = False
 
 
 @dataclass
@@ -131,15 +134,19 @@ class PRCLNetwork(nn.Module):
         self.representation = conv_head(feature_channels, model.channels, embedding_dim)
         self.probability = ProbabilityHead(feature_channels, embedding_dim)
 
-    def forward(self, labeled: Tensor, unlabeled: Tensor) -> dict[str, Tensor]:
+    def forward(self, labeled: Tensor, unlabeled: Tensor | None = None) -> dict[str, Tensor]:
         """Run the one forward of a step; separate passes of the two batches keep the paper's batch-norm statistics.
 
         Args:
-            labeled, unlabeled: Normalized images [B,3,H,W].
+            labeled, unlabeled: Normalized images [B,3,H,W]; without unlabeled ones the network learns from labels only.
 
         Returns:
-            `labeled`, `unlabeled`: logits [B,C,h,w]; `mu`, `sigma`: [2B,D,h,w], labeled first.
+            `labeled`, `unlabeled`: logits [B,C,h,w]; `mu`, `sigma`: [2B,D,h,w], labeled first. Without unlabeled images
+            `labeled` and `idle`, a zero that depends on the other heads.
         """
+        if unlabeled is None:
+            idle = zero_loss(self.representation) + zero_loss(self.probability)
+            return {"labeled": self.segmenter(labeled), "idle": idle}
         features = [self.segmenter.features(labeled), self.segmenter.features(unlabeled)]
         return {
             "labeled": self.segmenter.classifier(features[0]),
@@ -230,11 +237,16 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
+    run.examine(reader, split, LR_FLOOR)
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
     cropped = CropTransform(config.data.crop_size)
     labeled_images = TrainingImages(reader, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
-    unlabeled_images = TrainingImages(reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False)
+    if not method.labels_only:
+        unlabeled_images = TrainingImages(
+            reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False
+        )
 
+    decay = decay_of(method.alpha, run.total)
     network = PRCLNetwork(config.model, method.embedding_dim)
     teacher = run.to_device(make_teacher(network.segmenter))
     heads = [{"params": [*network.segmenter.parameters(), *network.representation.parameters()]}]
@@ -250,20 +262,33 @@ def train(config: Config, run: Run) -> None:
     if run.evaluation_due:  # resumed after an interrupted evaluation
         score()
         run.save()
-    labeled_batches, unlabeled_batches = StepBatches(labeled_images, run), StepBatches(unlabeled_images, run)
+    labeled_batches = StepBatches(labeled_images, run)
+    unlabeled_batches = None if method.labels_only else StepBatches(unlabeled_images, run)
 
+    watched: dict[str, Any] = {}
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power), floor=LR_FLOOR)
         weight = contrastive_weight(step, run.total, config)
         for _ in run.accumulate(wrapped):
             with record_function("data"):
                 labeled: Batch = next(labeled_batches)
-                unlabeled: Batch = next(unlabeled_batches)
+                unlabeled: Batch | None = None if method.labels_only else next(unlabeled_batches)
+            with record_function("augmentation"):
+                labeled_image, label = augment_labeled(labeled.image, labeled.label, labeled.positions, config.run.seed)
+            if method.labels_only:
+                with record_function("student"):
+                    output = wrapped(normalize(labeled_image))
+                with record_function("losses"):
+                    logits = upsample(output["labeled"], label.shape[-2:], network.segmenter.align_corners)
+                    losses = {"loss": supervised_loss(logits, label, kind=optim.supervised_loss) + output["idle"]}
+                    run.signs.count_predictions(output["labeled"], label)
+                with record_function("backward"):
+                    run.backward(losses["loss"])
+                continue
             with record_function("teacher"):
                 weak_image = unlabeled.image.float() / 255
                 weak_label, weak_confidence = pseudo_labels(teacher, weak_image, run)
             with record_function("augmentation"):
-                labeled_image, label = augment_labeled(labeled.image, labeled.label, labeled.positions, config.run.seed)
                 image, pseudo_label, confidence = augment_unlabeled(
                     weak_image, weak_label, weak_confidence, unlabeled.positions, config, run
                 )
@@ -271,32 +296,31 @@ def train(config: Config, run: Run) -> None:
                 output = wrapped(normalize(labeled_image), normalize(image))
             with record_function("losses"):
                 size, corners = label.shape[-2:], network.segmenter.align_corners
-                supervised = cross_entropy(upsample(output["labeled"], size, corners), label)
+                supervised = supervised_loss(
+                    upsample(output["labeled"], size, corners), label, kind=optim.supervised_loss
+                )
                 unlabeled_logits = upsample(output["unlabeled"], size, corners)
                 unsupervised = unsupervised_loss(unlabeled_logits, pseudo_label, confidence, method.un_threshold)
                 contrastive = contrastive_term(output, label, pseudo_label, confidence, config, run)
                 loss = supervised + unsupervised + weight * contrastive
+                losses = {"loss": loss, "loss_supervised": supervised}
+                losses |= {"loss_unsupervised": unsupervised, "loss_contrastive": contrastive}
+                watched = {"contrastive_weight": weight, "sigma": output["sigma"].mean()}
+                watched["sigma_at_bounds"] = share_at_bounds(output["sigma"])
+                run.signs.count_pseudo_labels(pseudo_label, confidence >= method.un_threshold)
+                run.signs.count_predictions(output["labeled"], label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
-            losses = {"loss": loss, "loss_supervised": supervised}
-            losses |= {"loss_unsupervised": unsupervised, "loss_contrastive": contrastive}
             stepped = run.step_optimizer(optimizer, losses)
         with record_function("teacher update"):
             if stepped:
-                update_teacher(teacher, network.segmenter, ema_decay(step, method.alpha))
+                update_teacher(teacher, network.segmenter, ema_decay(step, decay))
                 run.share_statistics(network, teacher)
 
         logged = run.finish_step(
-            losses
-            | {
-                "contrastive_weight": weight,
-                "confident": (confidence >= method.un_threshold).float().mean(),
-                "sigma": output["sigma"].mean(),
-                "sigma_at_bounds": share_at_bounds(output["sigma"]),
-                "lr": optimizer.param_groups[0]["lr"],
-            },
-            images=2 * optim.batch_size,
+            losses | watched | {"lr": optimizer.param_groups[0]["lr"]},
+            images=(1 if method.labels_only else 2) * optim.batch_size,
         )
         if logged.get("sigma_at_bounds", 0.0) > 0.5:
             run.log.print_once(

@@ -21,9 +21,10 @@ from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize
 from common.loaders import StepBatches, TrainingImages, open_data
-from common.losses import cross_entropy, upsample
+from common.losses import supervised_loss, upsample
 from common.models import build_network
 from common.optim import build_optimizer, poly, set_lr
+from common.splits.split import Split
 
 
 @dataclass
@@ -64,6 +65,7 @@ def train(config: Config, run: Run) -> None:
             learned = open_source_domain(config.data, config.method.source_dataset, config.method.source_root)
         names = learned.names("train")
     run.set_length(-(-len(names) // optim.batch_size))
+    run.examine(learned, Split(names, split.unlabeled, split.valid))
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
     images = TrainingImages(learned, names, scaled, config.run.seed, "labeled", with_label=True)
 
@@ -91,7 +93,9 @@ def train(config: Config, run: Run) -> None:
             with record_function("student"):
                 logits = wrapped(normalize(image))
             with record_function("losses"):
-                loss = cross_entropy(upsample(logits, label.shape[-2:], network.align_corners), label)
+                upsampled = upsample(logits, label.shape[-2:], network.align_corners)
+                loss = supervised_loss(upsampled, label, kind=optim.supervised_loss)
+                run.signs.count_predictions(logits, label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):

@@ -45,6 +45,8 @@ class DataConfig:
         crop_size: Height and width of a training crop, in pixels.
         scale_range: Smallest and largest random scale of a labeled image.
         allow_overlap: Accept images that are in both the labeled and the unlabeled list.
+        class_balanced: Draw labeled images by class: first a class, each with the same probability, then an image that
+            shows it; by default every image is drawn equally often.
         skip_bad_files: Replace an image that cannot be read by the next one of its list; by default the run stops.
         workers: Loader processes per training process and per list.
         image_dir: Folder of the images, absolute or relative to `root`; only with dataset `folder`.
@@ -65,6 +67,7 @@ class DataConfig:
     crop_size: tuple[CropSide, CropSide] = (321, 321)
     scale_range: tuple[Scale, Scale] = (0.5, 1.5)
     allow_overlap: bool = False
+    class_balanced: bool = False
     skip_bad_files: bool = False
     workers: Workers = 4
     image_dir: str = "images"
@@ -137,6 +140,8 @@ class OptimConfig:
         poly_power: Exponent of the polynomial decay of the learning rate.
         batch_size: Labeled images per step, over all processes; a step has as many unlabeled images.
         accumulation: Number of backward passes per step that the batch is divided into.
+        supervised_loss: Loss of labeled images: the paper's cross-entropy (`ce`), or with a Dice or focal loss added,
+            for rare classes.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -147,6 +152,7 @@ class OptimConfig:
     poly_power: NonNegativeFloat = 0.9
     batch_size: BatchSize = 16
     accumulation: PositiveInt = 1
+    supervised_loss: Literal["ce", "ce+dice", "ce+focal"] = "ce"
 
 
 @dataclass

@@ -27,7 +27,7 @@ FEW_CONFIDENT = 0.01  # of the unlabeled pixels
 ONE_CLASS = 0.95  # of the pseudo-labels
 COMMON_CLASS = 0.9  # of the labels: a class this common may well be that common among pseudo-labels
 LABELS_READ = 500  # labels that are read for the classes they show
-SETTLED = 0.5  # of the run: pseudo-labels of a young network say little
+SETTLED, LEAST_STEPS = 0.5, 100  # of the run, and steps: predictions of a young network say little
 
 
 def startup_signs(
@@ -100,15 +100,15 @@ class Signs(nn.Module):
         self.to(accelerator.device)
 
     @torch.no_grad()
-    def count_pseudo_labels(self, pseudo_label: Tensor, confident: Tensor) -> None:
+    def count_pseudo_labels(self, pseudo_label: Tensor, confident: Tensor | None = None) -> None:
         """Count the pseudo-labels of a batch per class.
 
         Args:
             pseudo_label: int64 [B,H,W]; 255 is not counted.
-            confident: bool [B,H,W], True where the paper's threshold is passed.
+            confident: bool [B,H,W], True where the paper's threshold is passed; None for papers without a threshold.
         """
         self._add(0, pseudo_label)
-        self._add(1, torch.where(confident, pseudo_label, IGNORE))
+        self._add(1, pseudo_label if confident is None else torch.where(confident, pseudo_label, IGNORE))
 
     @torch.no_grad()
     def count_predictions(self, logits: Tensor, label: Tensor) -> None:
@@ -134,7 +134,7 @@ class Signs(nn.Module):
         values |= {f"confident/{name}": part / all_ for name, part, all_ in zip(self._names, confident, labels) if all_}
         largest = max(range(len(labels)), key=lambda index: labels[index])
         values["largest_class"] = labels[largest] / sum(labels)
-        if step >= SETTLED * self._total:
+        if self._is_settled(step):
             self._warn_of_pseudo_labels(values, largest, shown)
         return values
 
@@ -146,7 +146,7 @@ class Signs(nn.Module):
         _, _, shown, predicted = self._added_up()
         self.counts[2:] = 0
         lost = [name for name, there, found in zip(self._names, shown, predicted) if there and not found]
-        if lost and step >= SETTLED * self._total:
+        if lost and self._is_settled(step):
             self._warn(
                 "not_predicted",
                 f"labels show {', '.join(lost)}, but the network has not predicted them since the last evaluation; set "
@@ -164,6 +164,9 @@ class Signs(nn.Module):
         """Clear the counts of the other processes: after loading, they have the main one's."""
         if not self._accelerator.is_main_process:
             self.counts.zero_()
+
+    def _is_settled(self, step: int) -> bool:
+        return step >= max(LEAST_STEPS, SETTLED * self._total)
 
     def _added_up(self) -> list[list[int]]:
         return self._accelerator.reduce(self.counts, "sum").tolist()

@@ -23,11 +23,11 @@ class TwoNetworks(nn.Module):
         super().__init__()
         self.first, self.second = build_network(model), build_network(model)
 
-    def forward(self, labeled: Tensor, unlabeled: Tensor) -> dict[str, Tensor]:
+    def forward(self, labeled: Tensor, unlabeled: Tensor | None = None) -> dict[str, Tensor]:
         """Forward of one step; the two batches pass separately, which keeps the paper's batch-norm statistics.
 
         Args:
-            labeled, unlabeled: Normalized images [B,3,H,W].
+            labeled, unlabeled: Normalized images [B,3,H,W]; None to learn from labels only.
 
         Returns:
             `labeled1`, `unlabeled1`, `labeled2`, `unlabeled2`: logits [B,C,h,w] of each network.
@@ -36,6 +36,7 @@ class TwoNetworks(nn.Module):
             f"{name}{number}": network(image)
             for number, network in ((1, self.first), (2, self.second))
             for name, image in (("labeled", labeled), ("unlabeled", unlabeled))
+            if image is not None
         }
 
 
