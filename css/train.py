@@ -58,8 +58,6 @@ from css.losses import (
 )
 from css.released import translate
 
-LR_FLOOR = 1e-4  # minimum of the released schedule
-
 
 @dataclass
 class Method:
@@ -68,6 +66,7 @@ class Method:
     Args:
         pseudo_label: Pseudo-labels of the losses: `mix` uses the pixels on which logits and representations agree (the
             paper), `cross` gives each space the labels of the other one, `ori` uses the logits' labels (the baseline).
+        lr_floor: Smallest learning rate of the schedule, as released.
         alpha_t: EMA decay of the mean teacher.
         alpha_p: EMA decay of the prototypes.
         un_threshold: Confidence from which a pixel counts toward its image's weight in the unsupervised loss.
@@ -95,6 +94,7 @@ class Method:
     """
 
     pseudo_label: Space = "mix"
+    lr_floor: NonNegativeFloat = 1e-4
     alpha_t: Decay = 0.99
     alpha_p: Decay = 0.99
     un_threshold: ClosedUnitInterval = 0.97
@@ -308,7 +308,7 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    run.examine(reader, split, LR_FLOOR)
+    run.examine(reader, split, method.lr_floor)
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
     cropped = CropTransform(config.data.crop_size)
     labeled_images = TrainingImages(reader, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
@@ -341,7 +341,7 @@ def train(config: Config, run: Run) -> None:
 
     watched: dict[str, Any] = {}
     for step in run.steps():
-        set_lr(optimizer, poly(step, run.total, optim.poly_power), floor=LR_FLOOR)
+        set_lr(optimizer, poly(step, run.total, optim.poly_power), floor=method.lr_floor)
         epoch = epoch_of(step, run, method)
         weight = contrastive_weight(epoch, method)
         for _ in run.accumulate(wrapped):
