@@ -56,7 +56,7 @@ def test_a_run_leaves_what_is_documented(script, tiny, tmp_path):
     for kind in PICTURES[script]:
         assert (run / "pictures" / f"{kind}_00000006.png").exists()
     extra = load_file(run / "checkpoints" / "last" / "extra.safetensors")
-    wanted = {"train": {"projector", "bank"}}.get(script, {"second"})
+    wanted = {"train": {"projector", "bank", "signs"}}.get(script, {"second", "signs"})
     assert {key.split("/")[0] for key in extra} == wanted
 
 
@@ -145,7 +145,8 @@ def test_no_image_is_resized_to_nothing():
 def test_a_run_that_ends_before_its_first_contrast_says_so():
     config, said = load_config(Config, "cac_cps/configs/demo.json"), []
     run = SimpleNamespace(total=30, log=SimpleNamespace(print=said.append))
-    config.run.steps, config.run.epochs = None, 3
+    assert first_contrastive_step(config, run) == 10 and not said  # the demo's share of a run
+    config.run.steps, config.run.epochs, config.method.cac.epoch_start_unsup = None, 3, 5
     assert first_contrastive_step(config, run) >= 30 and "epoch_start_unsup 5, epochs 3" in said[0]
     config.run.epochs = 30
     assert first_contrastive_step(config, run) == 5 and len(said) == 1

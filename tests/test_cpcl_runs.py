@@ -35,7 +35,7 @@ def test_a_run_leaves_what_is_documented(curves, tiny, tmp_path):
         assert 0 < line["agreement"] <= 1 and 0 < line["confidence"] <= 1
     assert (run / "pictures" / "step_00000006.png").exists() and (run / "pictures" / "curve.png").exists()
     extra = load_file(run / "checkpoints" / "last" / "extra.safetensors")
-    assert {key.split("/")[0] for key in extra} == {"second"}
+    assert {key.split("/")[0] for key in extra} == {"second", "signs"}
     first = load_file(run / "checkpoints" / "last" / "model.safetensors")
     assert not first["classifier.weight"].equal(extra["second/classifier.weight"])
 
@@ -172,7 +172,10 @@ def released_state(run: Path) -> dict[str, torch.Tensor]:
     """Both networks of the last checkpoint under the published keys."""
     first = load_file(run / "checkpoints" / "last" / "model.safetensors")
     second = load_file(run / "checkpoints" / "last" / "extra.safetensors")
-    branches = {"branch1.": first, "branch2.": {key.removeprefix("second/"): value for key, value in second.items()}}
+    branches = {
+        "branch1.": first,
+        "branch2.": {key.removeprefix("second/"): value for key, value in second.items() if "signs" not in key},
+    }
     state = {}
     for branch, own in branches.items():
         low, context = own["decoder.0.weight"].split([48, own["decoder.0.weight"].shape[1] - 48], dim=1)

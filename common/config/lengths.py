@@ -16,8 +16,8 @@ Decay = Union[ClosedUnitInterval, Share]
 
 
 def in_steps(value: int | str, total: int) -> int:
-    """Steps of a `Steps` constant in a run of `total` steps, rounded."""
-    return round(_fraction(value) * total) if isinstance(value, str) else value
+    """Steps of a `Steps` constant in a run of `total` steps; a share is rounded, to at least one step."""
+    return max(1, round(_fraction(value) * total)) if isinstance(value, str) else value
 
 
 def decay_of(value: float | str, total: int) -> float:

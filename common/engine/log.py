@@ -92,10 +92,10 @@ class RunLog:
             self.print(f"step {step}/{self._total}  {shown}  left {left}")
         return numbers
 
-    def log_scores(self, step: int, scores: Scores, is_best: bool) -> None:
-        """Write, track and show the scores of an evaluation."""
+    def log_scores(self, step: int, scores: Scores, signs: dict[str, float], is_best: bool) -> None:
+        """Write, track and show the scores of an evaluation, with signs counted since the last one."""
         names = ("miou", "pixel_accuracy", "classes_counted")
-        self._write_and_track(step, {f"valid/{name}": getattr(scores, name) for name in names})
+        self._write_and_track(step, {f"valid/{name}": getattr(scores, name) for name in names} | signs)
         mark = ", the best so far" if is_best else ""
         self.print(f"step {step}: mIoU {100 * scores.miou:.2f} over {scores.classes_counted} classes{mark}")
 

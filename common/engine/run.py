@@ -302,8 +302,8 @@ class Run(AbstractContextManager):
         if scores is None:
             return
         self._progress.add_scores(scores)
-        self.log.log_scores(self.step, scores, self._progress.is_best)
-        self.log.write({"step": self.step, "classes_not_predicted": len(self.signs.evaluated(self.step))})
+        lost = {"classes_not_predicted": len(self.signs.evaluated(self.step))}
+        self.log.log_scores(self.step, scores, lost, self._progress.is_best)
 
     def picture_path(self) -> Path:
         """Path of the panel drawn after this step's evaluation."""

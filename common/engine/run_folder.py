@@ -44,15 +44,15 @@ def check_folder(folder: Path, script: str, config: Any) -> None:
     try:
         owner = json.loads((folder / RUN_FILE).read_text())["script"]
         stored = json.loads((folder / "config.json").read_text())
-        # Read as any config, so that former words and keys that came later compare as what they stand for.
-        old = flatten(to_dict(config_of(type(config), stored, folder / "config.json")))
-    except (OSError, ValueError, KeyError, UserError):
+    except (OSError, ValueError, KeyError):
         raise UserError(
             f"{folder} is not a complete run folder: run.json or config.json is missing or damaged; "
             "move it away or set another run.dir"
         ) from None
     if owner != script:
         raise UserError(f"{folder} is a run of {owner}; set another run.dir")
+    # Read as any config, so that former words and keys that came later compare as what they stand for.
+    old = flatten(to_dict(config_of(type(config), stored, folder / "config.json")))
     new = flatten(to_dict(config))
     differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     changes = [f"{key} ({old.get(key)} there, {new.get(key)} now)" for key in differ if key not in FREE_KEYS]
