@@ -78,7 +78,7 @@ def build(network: MemoryBankNetwork, teacher: MemoryBankNetwork, split: Split, 
 
 def restart_from_best(state: TrainState, config: Config, run: Run) -> None:
     """Load the best checkpoint's student into student and teacher; optimizer, bank and counts stay, as released."""
-    best = run.read_best()
+    best = run.checkpointer.read_best()
     if best is None:
         run.log.print("warning: the best checkpoint cannot be read; training continues without a restart")
         return
@@ -102,7 +102,7 @@ def refresh_batch_norm(
         Stopped: a signal asked for it; the same command repeats this.
     """
     refresh = config.method.refresh_batches and not config.method.labels_only
-    best = run.read_best() if refresh and not run.has_variant(REFRESHED) else None
+    best = run.checkpointer.read_best() if refresh and not run.checkpointer.has_variant(REFRESHED) else None
     if best is None:
         return
     network = deepcopy(state.evaluated)
@@ -116,7 +116,7 @@ def refresh_batch_norm(
     run.share_statistics(network)
     scores = evaluate_run(network, reader, split, run, protocol_of(config))
     run.stop_if_signalled()
-    run.save_variant(REFRESHED, network, scores)
+    run.checkpointer.save_variant(REFRESHED, network, scores)
 
 
 def contrastive_term(name: str, output: dict[str, Tensor], bank: Bank, network: MemoryBankNetwork) -> Tensor:

@@ -115,6 +115,14 @@ def average_buffers(networks: Sequence[nn.Module], accelerator: Accelerator) -> 
         buffer.copy_(mean.view_as(buffer))
 
 
+def next_process_tensors(tensors: Sequence[torch.Tensor], accelerator: Accelerator) -> tuple[torch.Tensor, ...]:
+    """Exchange tensors: return those of the next process (the first process follows the last)."""
+    if accelerator.num_processes == 1:
+        return tuple(tensors)
+    following = (accelerator.process_index + 1) % accelerator.num_processes
+    return tuple(accelerator.gather(tensor.unsqueeze(0))[following] for tensor in tensors)
+
+
 def parse_devices(text: str, count: int) -> list[int]:
     """Parse the value of `-d`: GPU numbers in ascending order, none for `cpu`.
 

@@ -12,16 +12,22 @@ from torch import nn
 from common.config import to_dict
 from common.config.files import flatten
 from common.datasets.reader import Reader
-from common.engine import checkpoints
 from common.engine.checkpointer import SIGNS, CheckpointContents, Checkpointer
-from common.engine.devices import average_buffers, has_sync_batch_norm, make_accelerator, prepare_layout, share_batch
+from common.engine.devices import (
+    average_buffers,
+    has_sync_batch_norm,
+    make_accelerator,
+    next_process_tensors,
+    prepare_layout,
+    share_batch,
+)
 from common.engine.gloo import GlooGroup
 from common.engine.log import RunLog
 from common.engine.optimizer_step import OptimizerStep
 from common.engine.progress import Progress, RunLength
 from common.engine.run_folder import check_folder, open_folder
 from common.engine.signals import Stopped, StopSignal
-from common.engine.signs import Signs, classes_shown, startup_signs
+from common.engine.signs import Signs
 from common.errors import UserError
 from common.metrics import Scores
 from common.seeding import derive_seed
@@ -132,17 +138,10 @@ class Run(AbstractContextManager):
     def examine(self, reader: Reader, split: Split, lr_floor: float = 0.0) -> None:
         """Warn of settings that the run cannot meet, e.g. constants in steps beyond its end; begin to count `signs`.
 
-        Args:
-            reader: Reader of the labeled images.
-            split: Lists of the images.
-            lr_floor: Smallest learning rate of the schedule.
+        `lr_floor` is the smallest learning rate of the schedule; `reader` reads the labeled images of `split`.
         """
         self.signs = Signs(reader.classes, self.total, self.accelerator, self.log)
-        if self.is_main:
-            shown = classes_shown(reader, split.labeled)
-            for sign in startup_signs(self.config, self.total, lr_floor, reader.classes, shown):
-                self.log.print(f"warning: {sign}")
-        self.accelerator.wait_for_everyone()
+        self.signs.warn_at_start(self.config, lr_floor, reader, split)
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move the trained network to the device and wrap it for processes and precision."""
@@ -262,10 +261,7 @@ class Run(AbstractContextManager):
 
     def from_next_process(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Exchange tensors: return those of the next process (the first process follows the last)."""
-        if self.processes == 1:
-            return tensors
-        following = (self.rank + 1) % self.processes
-        return tuple(self.accelerator.gather(tensor.unsqueeze(0))[following] for tensor in tensors)
+        return next_process_tensors(tensors, self.accelerator)
 
     def finish_step(self, values: dict[str, Any], images: int) -> dict[str, float]:
         """Count the step; every `log_every` steps write and show `values`, averaged over processes.
@@ -331,10 +327,6 @@ class Run(AbstractContextManager):
         """Step of the best evaluation so far; 0 before the first."""
         return self._progress.best["step"] if self._progress.best else 0
 
-    def read_best(self) -> checkpoints.Checkpoint | None:
-        """Read the checkpoint of the best evaluation; None, on all processes, where one of them cannot read it."""
-        return self.checkpointer.read_best()
-
     def stop_if_signalled(self) -> None:
         """Stop between pieces of work after the last step.
 
@@ -343,14 +335,6 @@ class Run(AbstractContextManager):
         """
         self._stop.exchange()
         self._raise_if_stopped()
-
-    def has_variant(self, name: str) -> bool:
-        """True, on all processes, if `save_variant` has written weights of this name."""
-        return self.checkpointer.has_variant(name)
-
-    def save_variant(self, name: str, network: nn.Module, scores: Scores) -> None:
-        """Write weights derived from the best ones after the last step to `checkpoints/<name>_<step>`."""
-        self.checkpointer.save_variant(name, network, scores)
 
     def finish(self, variant: str | None = None) -> None:
         """Draw the curve of the run, and print the best score and where the pictures are.

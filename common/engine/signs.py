@@ -19,7 +19,7 @@ from common.config.lengths import Decay, Steps, decay_of, in_steps
 from common.datasets.reader import Reader
 from common.engine.log import RunLog
 from common.errors import UserError
-from common.splits.split import classes_in
+from common.splits.split import Split, classes_in
 
 LAG = 0.05  # of the run: a teacher that lags more than this is evaluated as it was long ago
 LR_FLOOR = 0.02  # of the learning rate
@@ -98,6 +98,14 @@ class Signs(nn.Module):
         # Pseudo-labels and confident ones since the last log line, labels and predictions since the last evaluation.
         self.register_buffer("counts", torch.zeros(4, len(self._names), dtype=torch.int64))
         self.to(accelerator.device)
+
+    def warn_at_start(self, config: Any, lr_floor: float, reader: Reader, split: Split) -> None:
+        """Print the signs that a config gives before training, on the main process."""
+        if self._accelerator.is_main_process:
+            shown = classes_shown(reader, split.labeled)
+            for sign in startup_signs(config, self._total, lr_floor, self._names, shown):
+                self._log.print(f"warning: {sign}")
+        self._accelerator.wait_for_everyone()
 
     @torch.no_grad()
     def count_pseudo_labels(self, pseudo_label: Tensor, confident: Tensor | None = None) -> None:
