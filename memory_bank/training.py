@@ -35,7 +35,7 @@ class Restart(nn.Module):
 
     def schedule(self, run: Run, patience: float) -> None:
         """Set `due` after an evaluation, if the best one or the last restart is over `patience` of the run ago."""
-        waited = run.step - max(run.best_step, int(self.step))
+        waited = run.step - max(run.checkpointer.best_step, int(self.step))
         is_finished = run.step == run.total
         # An evaluation that a signal cut short is still due: it is repeated on resume.
         self.due.fill_(waited > patience * run.total and not is_finished and not run.evaluation_due)
@@ -88,7 +88,9 @@ def restart_from_best(state: TrainState, config: Config, run: Run) -> None:
     state.teacher.load_state_dict(state.network.state_dict())
     state.restart.due.fill_(False)
     state.restart.step.fill_(run.step)
-    run.log.print(f"step {run.step}: no better evaluation since step {run.best_step}; restarted from its checkpoint")
+    run.log.print(
+        f"step {run.step}: no better evaluation since step {run.checkpointer.best_step}; restarted from its checkpoint"
+    )
 
 
 def refresh_batch_norm(

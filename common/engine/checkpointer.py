@@ -117,6 +117,11 @@ class Checkpointer:
         except OSError as error:
             self._log.print(f"warning: {self._root} could not be tidied ({error.strerror or error}); going on")
 
+    @property
+    def best_step(self) -> int:
+        """Step of the best evaluation so far; 0 before the first."""
+        return self._progress.best["step"] if self._progress.best else 0
+
     def read_best(self) -> checkpoints.Checkpoint | None:
         """Read the checkpoint of the best evaluation; None, on all processes, where one of them cannot read it."""
         found = None
@@ -275,8 +280,7 @@ class Checkpointer:
 
     def _best_folder(self, variant: str = "step") -> Path:
         """Folder of the best checkpoint, or of a variant of it; of step 0, which does not exist, before any."""
-        step = self._progress.best["step"] if self._progress.best else 0
-        return checkpoints.step_folder(self._root, step, variant)
+        return checkpoints.step_folder(self._root, self.best_step, variant)
 
     def _all_processes(self, answer: bool) -> bool:
         return all(others for (others,) in self._gloo.gather_ints(int(answer)))

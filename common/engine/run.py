@@ -322,17 +322,8 @@ class Run(AbstractContextManager):
 
     # The best checkpoint, and the end
 
-    @property
-    def best_step(self) -> int:
-        """Step of the best evaluation so far; 0 before the first."""
-        return self._progress.best["step"] if self._progress.best else 0
-
     def stop_if_signalled(self) -> None:
-        """Stop between pieces of work after the last step.
-
-        Raises:
-            Stopped: any process received a signal.
-        """
+        """Raise `Stopped` if any process received a signal; for work after the last step."""
         self._stop.exchange()
         self._raise_if_stopped()
 
