@@ -184,6 +184,7 @@ class StepBatches:
         )
         workers = run.config.data.workers
         self._run = run
+        # Not prepared by Accelerate: the sampler already gives each process its share, and a resumed run its step.
         self._loader = DataLoader(
             images,
             batch_sampler=sampler,

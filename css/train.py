@@ -205,6 +205,7 @@ def augment_unlabeled(
     crop = config.data.crop_size
     geometries = [draw_geometry(rng, image.shape[-2:], crop, config.method.scale_range) for rng in rngs]
     views = apply_geometry_batch(image, pseudo_label, confidence, geometries, crop)
+    # The last image mixes with the first one of the next process.
     following = run.from_next_process(*(view[0] for view in views))
     image, pseudo_label, confidence = mix_batch(config.method.mix_mode, *views, rngs, following)
     return color_jitter_blur_flip(image, pseudo_label, confidence, rngs)
@@ -309,12 +310,12 @@ def train(config: Config, run: Run) -> None:
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
     run.examine(reader, split, method.lr_floor)
-    scaled = CropTransform(config.data.crop_size, config.data.scale_range)
-    cropped = CropTransform(config.data.crop_size)
-    labeled_images = TrainingImages(reader, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
+    labeled_crop = CropTransform(config.data.crop_size, config.data.scale_range)
+    unlabeled_crop = CropTransform(config.data.crop_size)  # scaled later, together with the pseudo-labels
+    labeled_images = TrainingImages(reader, split.labeled, labeled_crop, config.run.seed, "labeled", with_label=True)
     if not method.labels_only:
         unlabeled_images = TrainingImages(
-            reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False
+            reader, split.unlabeled, unlabeled_crop, config.run.seed, "unlabeled", with_label=False
         )
 
     decay = decay_of(method.alpha_t, run.total)

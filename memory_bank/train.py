@@ -3,10 +3,10 @@ Bank (Alonso et al., ICCV 2021).
 
     accelerate launch memory_bank/train.py --config memory_bank/configs/demo.json     # built-in data, minutes on a CPU
 
-A mean teacher pseudo-labels images, of which the student learns two strong views. Features of labeled pixels that the
-teacher classifies correctly and confidently enter a memory bank per class; the contrastive loss pulls the student's
-features of a class, weighted by a small network, towards those in the bank. See memory_bank/README.md for every
-departure from the released code.
+A mean teacher pseudo-labels images, and the student learns from two strong views of each. Features of labeled pixels
+that the teacher classifies correctly and confidently enter a memory bank per class; the contrastive loss pulls the
+student's features of a class, weighted by a small network, toward those in the bank. See memory_bank/README.md for
+every departure from the released code.
 """
 
 from torch.profiler import record_function
@@ -116,9 +116,11 @@ def train(config: Config, run: Run) -> None:
                     (weak_image, weak_label, weak_confidence), unlabeled.positions, use_contrast, config, run
                 )
             with record_function("student"):
+                # As released, unlabeled images pass the network first, labeled embeddings the heads first.
                 images = {"unlabeled": normalize(image), "labeled": normalize(labeled_image)}
                 output = wrapped(images, {"labeled": label, "unlabeled": pseudo_label} if use_contrast else None)
             if fill_bank:
+                # Before the losses, which read the bank; a skipped step restores it.
                 with record_function("bank"), labeling_network(network, teacher, config) as labeling:
                     threshold, lowest = method.bank_threshold, method.bank_ranking == "lowest"
                     candidates = bank_candidates(labeling, images["labeled"], label, threshold, run.autocast)
@@ -147,7 +149,7 @@ def train(config: Config, run: Run) -> None:
                 run.backward(loss)
         with record_function("optimizer"):
             if method.labels_only or not use_contrast:
-                network.heads.zero_grad()  # no weight decay before the heads learn
+                network.heads.zero_grad()  # without gradients the optimizer passes them over: no weight decay yet
             stepped = run.step_optimizer(optimizer, losses)
         with record_function("teacher update"):
             if stepped:
@@ -159,7 +161,7 @@ def train(config: Config, run: Run) -> None:
             | {"bank_filled": bank.filled.float().mean() / method.bank_size, "lr": optimizer.param_groups[0]["lr"]},
             images=optim.batch_size + (0 if method.labels_only else method.unlabeled_batch(optim.batch_size)),
         )
-        if is_evaluated := run.evaluation_due:
+        if is_evaluated := run.evaluation_due:  # `score` clears it
             score()
         run.save()
         if is_evaluated and restart.due:

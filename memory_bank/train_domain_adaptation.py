@@ -142,10 +142,12 @@ def train(config: Config, run: Run) -> None:
                     (weak_image, weak_label, weak_confidence), unlabeled.positions, use_contrast, config, run
                 )
             with record_function("student"):
+                # As released, unlabeled images pass the network first, labeled embeddings the heads first.
                 images = {"unlabeled": normalize(image), "labeled": normalize(labeled_image)}
                 labels = ({"labeled": label} if is_target else {}) | {"unlabeled": pseudo_label}
                 output = wrapped(images, labels if use_contrast else None)
             if fill_bank and is_target:
+                # Before the losses, which read the bank; a skipped step restores it.
                 with record_function("bank"), labeling_network(network, teacher, config) as labeling:
                     threshold, lowest = method.bank_threshold, method.bank_ranking == "lowest"
                     candidates = bank_candidates(labeling, images["labeled"], label, threshold, run.autocast)
@@ -178,7 +180,7 @@ def train(config: Config, run: Run) -> None:
                 run.backward(loss)
         with record_function("optimizer"):
             if method.labels_only or not use_contrast:
-                network.heads.zero_grad()  # no weight decay before the heads learn
+                network.heads.zero_grad()  # without gradients the optimizer passes them over: no weight decay yet
             stepped = run.step_optimizer(optimizer, losses)
         with record_function("teacher update"):
             if stepped:
@@ -190,7 +192,7 @@ def train(config: Config, run: Run) -> None:
             | {"bank_filled": bank.filled.float().mean() / method.bank_size, "lr": optimizer.param_groups[0]["lr"]},
             images=optim.batch_size + (0 if method.labels_only else method.unlabeled_batch(optim.batch_size)),
         )
-        if is_evaluated := run.evaluation_due:
+        if is_evaluated := run.evaluation_due:  # `score` clears it
             score()
         run.save()
         if is_evaluated and restart.due:

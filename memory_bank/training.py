@@ -139,9 +139,9 @@ def steps_per_epoch(labeled_images: int, batch_size: int) -> int:
 def freezes_norms(config: Config, run: Run) -> bool:
     """True if scale and shift of the backbone's batch norms stay as they are: those of loaded weights, as released.
 
-    Departure: from scratch they are trained, since nothing was learned that they could keep. Runs that began before
-    this rule go on as they began.
+    Departure: without pretrained weights they are trained; the release always freezes them.
     """
+    # `method.labels_only` came together with this rule: a run folder whose config lacks it resumes as it began.
     return config.model.pretrained is not False or stored_before(run.folder, "method.labels_only")
 
 

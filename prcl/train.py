@@ -38,7 +38,8 @@ from prcl.losses import contrastive_labels, contrastive_loss, prototypes, sample
 from prcl.released import translate
 
 LR_FLOOR = 1e-6  # minimum of the released schedule
-BOUND = 1e-3  # closer to 0 or 1 than this, the sigmoid is flat and a variance hardly changes any more
+SATURATED = 1e-3  # a variance this near to 0 or 1 barely changes: the sigmoid is flat there
+COLLAPSED = 0.5  # share of saturated variances from which the head is of no use
 
 
 @dataclass
@@ -185,6 +186,7 @@ def augment_unlabeled(
     crop = config.data.crop_size
     geometries = [draw_geometry(rng, image.shape[-2:], crop, config.method.scale_range) for rng in rngs]
     views = apply_geometry_batch(image, pseudo_label, confidence, geometries, crop)
+    # The last image mixes with the first one of the next process.
     following = run.from_next_process(*(view[0] for view in views))
     image, pseudo_label, confidence = mix_batch(config.method.mix_mode, *views, rngs, following)
     return color_jitter_blur_flip(image, pseudo_label, confidence, rngs)
@@ -215,7 +217,7 @@ def contrastive_term(
 
 def share_at_bounds(sigma: Tensor) -> Tensor:
     """Share of variances at the ends of their range (0, 1); nearly all of them once the head has collapsed."""
-    return ((sigma < BOUND) | (sigma > 1 - BOUND)).float().mean()
+    return ((sigma < SATURATED) | (sigma > 1 - SATURATED)).float().mean()
 
 
 def contrastive_weight(step: int, total: int, config: Config) -> float:
@@ -238,20 +240,20 @@ def train(config: Config, run: Run) -> None:
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
     run.examine(reader, split, LR_FLOOR)
-    scaled = CropTransform(config.data.crop_size, config.data.scale_range)
-    cropped = CropTransform(config.data.crop_size)
-    labeled_images = TrainingImages(reader, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
+    labeled_crop = CropTransform(config.data.crop_size, config.data.scale_range)
+    unlabeled_crop = CropTransform(config.data.crop_size)  # scaled later, together with the pseudo-labels
+    labeled_images = TrainingImages(reader, split.labeled, labeled_crop, config.run.seed, "labeled", with_label=True)
     if not method.labels_only:
         unlabeled_images = TrainingImages(
-            reader, split.unlabeled, cropped, config.run.seed, "unlabeled", with_label=False
+            reader, split.unlabeled, unlabeled_crop, config.run.seed, "unlabeled", with_label=False
         )
 
     decay = decay_of(method.alpha, run.total)
     network = PRCLNetwork(config.model, method.embedding_dim)
     teacher = run.to_device(make_teacher(network.segmenter))
-    heads = [{"params": [*network.segmenter.parameters(), *network.representation.parameters()]}]
-    heads.append({"params": list(network.probability.parameters()), "lr": method.uncer_lr})
-    wrapped, optimizer = run.prepare(network, build_optimizer(optim, heads))
+    groups = [{"params": [*network.segmenter.parameters(), *network.representation.parameters()]}]
+    groups.append({"params": list(network.probability.parameters()), "lr": method.uncer_lr})
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, groups))
 
     run.resume(model=teacher, extra={"student": network}, optimizer=optimizer)
 
@@ -322,7 +324,7 @@ def train(config: Config, run: Run) -> None:
             losses | watched | {"lr": optimizer.param_groups[0]["lr"]},
             images=(1 if method.labels_only else 2) * optim.batch_size,
         )
-        if logged.get("sigma_at_bounds", 0.0) > 0.5:
+        if logged.get("sigma_at_bounds", 0.0) > COLLAPSED:
             run.log.print_once(
                 "warning: the probability head has collapsed: most variances are at their bounds; "
                 f"lower method.uncer_lr (now {method.uncer_lr:g})"

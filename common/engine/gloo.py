@@ -1,4 +1,4 @@
-"""A gloo (CPU) side channel between processes; a collective on the GPU would synchronize with it."""
+"""Messages between processes over the CPU (gloo): sent through NCCL, they would make the CPU wait for the GPU."""
 
 from datetime import timedelta
 

@@ -32,6 +32,7 @@ class RunLog:
         self._progress: Progress | None = None
         self._printed: set[str] = set()
         self._last_line = (time.perf_counter(), 0)  # time and step at the last training line
+        self._step_end = self._paused = 0.0  # end of the last step, and seconds since the last line that were not steps
 
     def truncate_after(self, step: int, scored: bool) -> None:
         """Drop the lines that a killed run wrote after its checkpoint of `step`, and an incomplete last line.
@@ -64,6 +65,7 @@ class RunLog:
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
+        self._step_end = time.perf_counter()
         if self._progress:
             self._progress.update(self._task, completed=step)
 
@@ -78,9 +80,9 @@ class RunLog:
         Returns:
             The numbers of the line, with `images_per_second` added and values that are not finite left out.
         """
-        now = time.perf_counter()
+        now = self._step_end
         numbers = self._average(values) | {"images_per_second": self._speed(now, step, images_per_step)}
-        self._last_line = (now, step)
+        self._last_line, self._paused = (now, step), 0.0
         self._write_and_track(step, numbers)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
         if self._progress:
@@ -99,9 +101,9 @@ class RunLog:
         mark = ", the best so far" if is_best else ""
         self.print(f"step {step}: mIoU {100 * scores.miou:.2f} over {scores.classes_counted} classes{mark}")
 
-    def restart_clock(self, step: int) -> None:
-        """Exclude the time since the last line (an evaluation) from the training speed."""
-        self._last_line = (time.perf_counter(), step)
+    def exclude_pause(self) -> None:
+        """Exclude the time since the last step (evaluation, checkpoint) from the training speed."""
+        self._paused += time.perf_counter() - self._step_end
 
     def write(self, line: dict[str, float]) -> None:
         """Append a line to `metrics.jsonl`."""
@@ -145,7 +147,7 @@ class RunLog:
 
     def _speed(self, now: float, step: int, images_per_step: int) -> float:
         then, done = self._last_line
-        return round(images_per_step / ((now - then) / max(step - done, 1)), 2)
+        return round(images_per_step * max(step - done, 1) / (now - then - self._paused), 2)
 
     def _write_and_track(self, step: int, numbers: dict[str, float]) -> None:
         self.write({"step": step} | numbers)

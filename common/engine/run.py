@@ -149,11 +149,11 @@ class Run(AbstractContextManager):
         if self.processes > 1:
             # SyncBatchNorm or `share_statistics` keep buffers equal; broadcasting them would undo a step's update.
             wrapped.broadcast_buffers = False
-        # The network itself is not compiled: evaluation has another size for every image.
+        # Only the wrapper is compiled: evaluation calls the bare network, with a new size for every image.
         return (torch.compile(wrapped) if self.config.run.compile else wrapped), optimizer
 
     def to_device(self, network: nn.Module) -> nn.Module:
-        """Move a network that takes no gradients to the device. Call it under `autocast`."""
+        """Move a network that is not trained, e.g. a teacher, to the device; run its forwards `with run.autocast()`."""
         return prepare_layout(network, self.accelerator).to(self.device)
 
     def autocast(self) -> AbstractContextManager:
@@ -240,14 +240,15 @@ class Run(AbstractContextManager):
         """Update the weights and clear the gradients; skip the update if a loss or gradient is not finite.
 
         A skipped step leaves weights, buffers (batch norm, banks) and optimizer as they were before it, on all
-        processes. Finding out costs the one synchronization per step: the next operation waits for the gradient anyway.
+        processes. The check makes the CPU wait for the device, once per step.
 
         Args:
             optimizer: The optimizer that `prepare` returned.
-            losses: The terms, 0-d tensors by name.
+            losses: The terms of the last backward pass, 0-d tensors by name.
 
         Returns:
-            True if the weights changed; update teacher and banks only then.
+            True if the weights changed; update the teacher only then. Banks and other buffers of the modules passed to
+            `resume` may change earlier: a skipped step restores them.
 
         Raises:
             UserError: the step is the last of `run.max_bad_steps` consecutive bad ones.
@@ -271,7 +272,7 @@ class Run(AbstractContextManager):
             images: Images of the step over all processes, for images per second.
 
         Returns:
-            The logged numbers; an empty dict after the steps in between.
+            The logged numbers; an empty dict if no line is due or the step was skipped.
         """
         self._progress.count_step(self._length)
         signals, steps, files = zip(*self._gloo.gather_ints(self._stop.received, *self._optimizer_step.skips))
@@ -279,7 +280,7 @@ class Run(AbstractContextManager):
         self.log.advance(self.step)
         self._optimizer_step.end(steps[0], sum(files))
         due = self.step % self.config.run.log_every == 0 or self.step == self.total
-        if not due or steps[0]:
+        if not due or steps[0]:  # a step is skipped on all processes or none
             return {}
         return self.log.log_step(self.step, values | self.signs.read(self.step), images)
 
@@ -314,7 +315,7 @@ class Run(AbstractContextManager):
         if self.checkpointer.is_due(stopping=bool(self._stop.agreed)):
             self.signs.move_to_main()
         self.checkpointer.save_if_due(stopping=bool(self._stop.agreed))
-        self.log.restart_clock(self.step)
+        self.log.exclude_pause()
 
     def stop_requested(self) -> bool:
         """True once a signal requests a stop: an evaluation gives up, and the run ends after its next save."""

@@ -22,12 +22,12 @@ from common.errors import UserError
 from common.splits.split import Split, classes_in
 
 LAG = 0.05  # of the run: a teacher that lags more than this is evaluated as it was long ago
-LR_FLOOR = 0.02  # of the learning rate
+HIGH_LR_FLOOR = 0.02  # of the learning rate
 FEW_CONFIDENT = 0.01  # of the unlabeled pixels
 ONE_CLASS = 0.95  # of the pseudo-labels
 COMMON_CLASS = 0.9  # of the labels: a class this common may well be that common among pseudo-labels
 LABELS_READ = 500  # labels that are read for the classes they show
-SETTLED, LEAST_STEPS = 0.5, 100  # of the run, and steps: predictions of a young network say little
+SETTLED, LEAST_STEPS = 0.5, 100  # of the run, and steps: early predictions are unreliable
 
 
 def startup_signs(
@@ -46,7 +46,7 @@ def startup_signs(
         One line per sign, without the word warning.
     """
     signs = list(_unreached(config, total, ""))
-    if lr_floor > LR_FLOOR * config.optim.lr:
+    if lr_floor > HIGH_LR_FLOOR * config.optim.lr:
         signs.append(
             f"the learning rate never falls below {lr_floor:g}, {lr_floor / config.optim.lr:.0%} of optim.lr "
             f"{config.optim.lr:g}: raise optim.lr, or the end of training stays noisy"
