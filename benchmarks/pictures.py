@@ -41,9 +41,11 @@ def draw_results(path: Path) -> None:
     except ImportError:
         raise UserError("matplotlib is missing: pip install -e '.[plots]'") from None
     scores: dict[str, list[float]] = {}
-    for (row, _), result in read_results(RESULTS / f"{TABLE.stem}.jsonl").items():
+    results = read_results(RESULTS / f"{TABLE.stem}.jsonl")
+    for (row, _), result in results.items():
         scores.setdefault(row, []).append(result["miou_last"])
-    rows = [row for row in json.loads(TABLE.read_text())["rows"] if row.endswith("labels")]
+    rows = [row for row in json.loads(TABLE.read_text())["rows"] if row.endswith("labels") and row in scores]
+    changes = sorted({result["before"] for result in results.values() if "before" in result})
     rows.sort(key=lambda row: statistics.mean(scores[row]))
     means = [statistics.mean(scores[row]) for row in rows]
     figure = Figure(figsize=(8, 0.42 * len(rows) + 1), layout="constrained")
@@ -55,6 +57,8 @@ def draw_results(path: Path) -> None:
         axes.plot(scores[row], [height] * len(scores[row]), "o", color=SEED, markersize=3.5)
         axes.text(1.5, height, f"{mean:.1f}", color="white", va="center", fontweight="bold")
     axes.set(xlim=(0, 80), xlabel="mIoU (%) on the built-in data: mean of 3 seeds (bar) and each seed (dot)")
+    if changes:
+        axes.set_title(f"measured before a change: {'; '.join(changes)}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(left=False)
     axes.margins(y=0.02)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy import command
+from benchmarks.accuracy import command, read_table
 from common.config import BaseConfig, load_config, parse, to_dict
 from common.config.files import flatten
 from common.errors import UserError
@@ -107,7 +107,7 @@ TABLES = sorted((Path(__file__).parents[1] / "benchmarks" / "tables").glob("*.js
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_the_settings_of_every_row_of_the_accuracy_tables_are_accepted(path):
-    table = json.loads(path.read_text())
+    table = read_table(path)
     for row in table["rows"].values():
         script, *arguments = command(row, table.get("set", {}), {}, 0, Path("somewhere"))
         parse(importlib.import_module(script.removesuffix(".py").replace("/", ".")).Config, script, arguments)
