@@ -1,0 +1,100 @@
+"""The base of all networks, encoder, decoder and classifier, and the normalization that an encoder expects."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.images import imagenet_statistics
+from common.models.encoders import Encoder
+
+
+class Segmenter(nn.Module):
+    """Encoder, decoder and classifier. Subclasses define `decode` and `classifier`.
+
+    Args:
+        encoder: Module from images [B,3,H,W] to taps, from the largest map to the smallest.
+        align_corners: How features and logits are enlarged.
+
+    Attributes:
+        input: Applied to every image first; the identity, or a conversion from ImageNet's normalization.
+        feature_channels: Channels of `features`.
+        is_frozen: The encoder stays as it is: in evaluation mode, without gradients, nothing kept for a backward pass.
+    """
+
+    feature_channels: int
+    classifier: nn.Module
+
+    def __init__(self, encoder: nn.Module, align_corners: bool) -> None:
+        super().__init__()
+        self.align_corners, self.is_frozen = align_corners, False
+        self.input = nn.Identity()
+        self.encoder = encoder
+
+    def freeze_encoder(self) -> None:
+        """Keep the encoder's weights and statistics as they are from now on, in training mode too."""
+        self.is_frozen = True
+        self.encoder.requires_grad_(False).eval()
+
+    def checkpoint_encoder(self) -> None:
+        """Compute the encoder's activations again in the backward pass instead of keeping them.
+
+        Raises:
+            UserError: timm cannot do so for this encoder.
+        """
+        body = self.encoder.body if isinstance(self.encoder, Encoder) else self.encoder
+        try:
+            body.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):
+            raise UserError("model.grad_checkpointing: timm does not offer it for this model.backbone") from None
+
+    def train(self, mode: bool = True) -> "Segmenter":
+        """Set the mode of all modules; a frozen encoder stays in evaluation mode."""
+        super().train(mode)
+        if self.is_frozen:
+            self.encoder.eval()
+        return self
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """[B,3,H,W], normalized for ImageNet -> the encoder's taps [B,C,h,w]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
+            return list(self.encoder(self.input(image)))
+
+    def decode(self, taps: Sequence[Tensor]) -> Tensor:
+        """Taps of `encode` -> input of the classifier, and of a paper's own heads, [B,feature_channels,h,w]."""
+        raise NotImplementedError
+
+    def features(self, image: Tensor) -> Tensor:
+        """[B,3,H,W], normalized for ImageNet -> input of the classifier [B,feature_channels,h,w]."""
+        return self.decode(self.encode(image))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B,3,H,W], normalized for ImageNet -> logits [B,num_classes,h,w]."""
+        return self.classifier(self.features(image))
+
+
+class InputNormalization(nn.Module):
+    """Convert images normalized for ImageNet, which every network receives, to what other pretrained weights need.
+
+    Args:
+        mean: Mean of red, green and blue (0 to 255). It is subtracted and the result divided by 255.
+        bgr: Return the channels in the order blue, green, red.
+        std: Standard deviation of red, green and blue (0 to 255), which divides the result; None for no division.
+    """
+
+    def __init__(self, mean: Sequence[float], bgr: bool = False, std: Sequence[float] | None = None) -> None:
+        super().__init__()
+        imagenet_mean, imagenet_std = imagenet_statistics(torch.device("cpu"))
+        scale, shift = imagenet_std.clone(), imagenet_mean - torch.tensor(mean).view(3, 1, 1) / 255
+        if std is not None:
+            deviation = torch.tensor(std).view(3, 1, 1) / 255
+            scale, shift = scale / deviation, shift / deviation
+        self.bgr = bgr
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", shift, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B,3,H,W] -> [B,3,H,W]."""
+        image = image * self.scale + self.shift
+        return image.flip(1) if self.bgr else image
