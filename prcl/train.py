@@ -251,7 +251,7 @@ def train(config: Config, run: Run) -> None:
     teacher = run.to_device(make_teacher(network.segmenter))
     heads = [{"params": [*network.segmenter.parameters(), *network.representation.parameters()]}]
     heads.append({"params": list(network.probability.parameters()), "lr": method.uncer_lr})
-    wrapped, optimizer = run.prepare(network, build_optimizer(optim, heads))
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, network, heads))
 
     run.resume(model=teacher, extra={"student": network}, optimizer=optimizer)
 

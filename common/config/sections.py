@@ -158,6 +158,7 @@ class OptimConfig:
     Args:
         name: Optimizer, `sgd` or `adamw`.
         lr: Learning rate at the first step.
+        encoder_lr_scale: Learning rate of the encoder divided by `lr`; by default 1 (CAC and CPS: 0.1).
         weight_decay: Weight decay of all parameters.
         momentum: Momentum of `sgd`.
         nesterov: Use Nesterov momentum with `sgd`.
@@ -170,6 +171,7 @@ class OptimConfig:
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: PositiveFloat = 1e-2
+    encoder_lr_scale: Optional[PositiveFloat] = None
     weight_decay: NonNegativeFloat = 5e-4
     momentum: ClosedUnitInterval = 0.9
     nesterov: bool = True

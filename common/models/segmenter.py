@@ -1,6 +1,7 @@
 """The base of all networks, encoder, decoder and classifier, and the normalization that an encoder expects."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class Segmenter(nn.Module):
         input: Applied to every image first; the identity, or a conversion from ImageNet's normalization.
         feature_channels: Channels of `features`.
         is_frozen: The encoder stays as it is: in evaluation mode, without gradients, nothing kept for a backward pass.
+        recomputes: The encoder's activations are computed again in the backward pass.
     """
 
     feature_channels: int
@@ -28,7 +30,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, encoder: nn.Module, align_corners: bool) -> None:
         super().__init__()
-        self.align_corners, self.is_frozen = align_corners, False
+        self.align_corners, self.is_frozen, self.recomputes = align_corners, False, False
         self.input = nn.Identity()
         self.encoder = encoder
 
@@ -43,11 +45,24 @@ class Segmenter(nn.Module):
         Raises:
             UserError: timm cannot do so for this encoder.
         """
+        self.recomputes = True
         body = self.encoder.body if isinstance(self.encoder, Encoder) else self.encoder
         try:
             body.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):
             raise UserError("model.grad_checkpointing: timm does not offer it for this model.backbone") from None
+
+    def hold_statistics(self) -> None:
+        """Let batch norms of the encoder ignore images that pass a second time, in the backward pass.
+
+        Called after batch norms are converted for several processes, which drops hooks.
+        """
+        for module in self.encoder.modules() if self.recomputes else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.register_forward_pre_hook(_stop_statistics)
+                # Also called where the recomputation ends inside the norm, which it does by an exception.
+                restore = partial(_restore_statistics, momentum=module.momentum)
+                module.register_forward_hook(restore, always_call=True)
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Set the mode of all modules; a frozen encoder stays in evaluation mode."""
@@ -72,6 +87,22 @@ class Segmenter(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[B,3,H,W], normalized for ImageNet -> logits [B,num_classes,h,w]."""
         return self.classifier(self.features(image))
+
+
+def _is_backward() -> bool:
+    # The only sign of a recomputation in autograd; FSDP of PyTorch reads it too.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _stop_statistics(norm: nn.Module, _: tuple) -> None:
+    if _is_backward():
+        norm.momentum = 0.0
+
+
+def _restore_statistics(norm: nn.Module, _: tuple, __: Tensor, momentum: float) -> None:
+    if _is_backward() and norm.training:
+        norm.momentum = momentum
+        norm.num_batches_tracked -= 1
 
 
 class InputNormalization(nn.Module):
