@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.images import imagenet_statistics
+from common.images import IMAGENET_MEAN, IMAGENET_STD
 from common.models.encoders import Encoder
 
 
@@ -116,8 +116,8 @@ class InputNormalization(nn.Module):
 
     def __init__(self, mean: Sequence[float], bgr: bool = False, std: Sequence[float] | None = None) -> None:
         super().__init__()
-        imagenet_mean, imagenet_std = imagenet_statistics(torch.device("cpu"))
-        scale, shift = imagenet_std.clone(), imagenet_mean - torch.tensor(mean).view(3, 1, 1) / 255
+        imagenet_mean, scale = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        shift = imagenet_mean - torch.tensor(mean).view(3, 1, 1) / 255
         if std is not None:
             deviation = torch.tensor(std).view(3, 1, 1) / 255
             scale, shift = scale / deviation, shift / deviation
