@@ -14,9 +14,11 @@ from common.config.types import (
     Size,
     whole_number,
 )
+from common.errors import UserError
 from common.evaluation.inference import Protocol
 
 STEPS_PER_EPOCH = 1157  # for every dataset and split, as released
+ENCODER_LR_SCALE = 0.1
 PastSteps = whole_number(0, 2**10)
 
 
@@ -73,7 +75,7 @@ class Method:
             drawn from `scales`.
         scales: Random scales of original CPS's crops, equally likely.
         jitter: Augment labeled images with color jitter.
-        backbone_lr_scale: Learning rate of the backbone divided by `optim.lr`.
+        backbone_lr_scale: Former key of `optim.encoder_lr_scale`, to which its value moves.
         decay_norms: Apply weight decay to batch-norm parameters and biases too.
         cac: Section of train.py.
         cps: Section of train_semiseg.py and train_semiseg_cutmix.py.
@@ -83,7 +85,7 @@ class Method:
     base_size: Optional[Size] = None
     scales: tuple[Scale, ...] = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
     jitter: bool = False
-    backbone_lr_scale: PositiveFloat = 0.1
+    backbone_lr_scale: Optional[PositiveFloat] = None
     decay_norms: bool = True
     cac: CAC = field(default_factory=CAC)
     cps: CPS = field(default_factory=CPS)
@@ -96,6 +98,17 @@ class Method:
 @dataclass
 class Config(BaseConfig):
     method: Method
+
+    def __post_init__(self) -> None:
+        former, scale = self.method.backbone_lr_scale, self.optim.encoder_lr_scale
+        if None not in (former, scale) and former != scale:
+            raise UserError(
+                f"method.backbone_lr_scale {former:g} and optim.encoder_lr_scale {scale:g} are one setting: leave the "
+                "former out, or set it to null"
+            )
+        given = scale if former is None else former
+        self.optim.encoder_lr_scale = ENCODER_LR_SCALE if given is None else given
+        self.method.backbone_lr_scale = None
 
 
 def protocol_of(config: Config) -> Protocol:

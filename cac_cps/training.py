@@ -70,16 +70,15 @@ def make_optimizer(config: Config, network: nn.Module, lr: float | None = None) 
         network: Module with all trained parameters.
         lr: Learning rate that replaces `optim.lr`.
     """
-    optim, method, lr = config.optim, config.method, lr or config.optim.lr
+    optim, lr = config.optim, lr or config.optim.lr
     sides: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in network.named_parameters():
         sides["encoder" in name.split(".")].append(parameter)
     groups = []
-    for is_backbone, parameters in sides.items():
-        parts = [{"params": parameters}] if method.decay_norms else decay_groups(parameters)
-        scale = method.backbone_lr_scale if is_backbone else 1.0
-        groups += [part | {"lr": lr * scale} for part in parts]
-    return build_optimizer(optim, groups)
+    for parameters in sides.values():  # two groups even at one rate, as in older checkpoints
+        parts = [{"params": parameters}] if config.method.decay_norms else decay_groups(parameters)
+        groups += [part | {"lr": lr} for part in parts]
+    return build_optimizer(optim, network, groups)
 
 
 def check_unlabeled(names: list[str], folder: str) -> None:

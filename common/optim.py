@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from common.config.sections import OptimConfig
+from common.models.segmenter import Segmenter
 
 
 def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
@@ -18,16 +19,22 @@ def decay_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": groups[True]}, {"params": groups[False], "weight_decay": 0.0}]
 
 
-def build_optimizer(optim: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def build_optimizer(
+    optim: OptimConfig, network: nn.Module, groups: list[dict[str, Any]] | None = None
+) -> torch.optim.Optimizer:
     """Build one optimizer for all trained parameters.
 
     Args:
         optim: The config's `optim` section.
-        groups: Parameter groups of `torch.optim`; a group may set its own `lr`.
+        network: Module with all trained parameters, and with the segmenters among its modules.
+        groups: Parameter groups of `torch.optim`; a group may set its own `lr`. By default one group of all parameters.
+            Parameters without gradient are left out, and the encoder's get the rate of their group times
+            `optim.encoder_lr_scale`, in a group of their own where that is not 1.
 
     Returns:
         The optimizer; every group keeps its starting rate as `initial_lr`, which `set_lr` scales.
     """
+    groups = _scale_encoder(optim, network, groups or [{"params": list(network.parameters())}])
     if optim.name == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
     else:
@@ -64,6 +71,26 @@ def exponential_ramp(time: float, begin: float, end: float, max_value: float, mi
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float, floor: float = 0.0) -> None:
-    """Set each group's rate to its `initial_lr` times `factor`, but at least `floor` (or `initial_lr`, if lower)."""
+    """Set each group's rate to its `initial_lr` times `factor`, but at least `floor` (or `initial_lr`, if lower).
+
+    The floor of an encoder whose rate is scaled is scaled too.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = max(group["initial_lr"] * factor, min(floor, group["initial_lr"]))
+        least = floor * group.get("floor_scale", 1.0)
+        group["lr"] = max(group["initial_lr"] * factor, min(least, group["initial_lr"]))
+
+
+def _scale_encoder(optim: OptimConfig, network: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    scale = 1.0 if optim.encoder_lr_scale is None else optim.encoder_lr_scale
+    segmenters = [module for module in network.modules() if isinstance(module, Segmenter)]
+    encoder = {id(parameter) for segmenter in segmenters for parameter in segmenter.encoder.parameters()}
+    result = []
+    for group in groups:
+        trained = [parameter for parameter in group["params"] if parameter.requires_grad]
+        if scale == 1:
+            result.append(group | {"params": trained})
+            continue
+        scaled = {"lr": group.get("lr", optim.lr) * scale, "floor_scale": scale}
+        result.append(group | {"params": [parameter for parameter in trained if id(parameter) not in encoder]})
+        result.append(group | {"params": [parameter for parameter in trained if id(parameter) in encoder]} | scaled)
+    return [group for group in result if group["params"]]

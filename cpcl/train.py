@@ -139,7 +139,7 @@ def train(config: Config, run: Run) -> None:
     ]
 
     network = TwoNetworks(config.model)
-    wrapped, optimizer = run.prepare(network, build_optimizer(optim, decay_groups(network.parameters())))
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, network, decay_groups(network.parameters())))
     boxes = (method.cutmix_mask_prop_range, method.cutmix_boxmask_n_boxes)
     class_weight = torch.tensor(method.ohem_class_weight, device=run.device) if method.ohem_class_weight else None
     ohem = OHEM(method.ohem_threshold, method.ohem_min_kept, class_weight) if method.ohem else None

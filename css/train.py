@@ -322,7 +322,7 @@ def train(config: Config, run: Run) -> None:
     network = CSSNetwork(config.model, method.embedding_dim)
     teacher = run.to_device(make_teacher(network))
     memory = run.to_device(Prototypes(config.model.num_classes, method.embedding_dim))
-    wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": list(network.parameters())}]))
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, network))
     if warning := unreachable_thresholds(method, config.model.num_classes):
         run.log.print(f"warning: {warning}")
 

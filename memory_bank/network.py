@@ -37,10 +37,6 @@ class MemoryBankNetwork(nn.Module):
                 module.requires_grad_(False)
         self.heads = Heads(self.segmenter.feature_channels, model.num_classes, embedding_dim)
 
-    def trained_parameters(self) -> list[nn.Parameter]:
-        """Parameters for the optimizer."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
     def forward(self, images: dict[str, Tensor], labels: dict[str, Tensor] | None) -> dict[str, Tensor]:
         """Run the one forward of a step; separate passes of the batches keep the paper's batch-norm statistics.
 

@@ -63,7 +63,7 @@ def train(config: Config, run: Run) -> None:
     teacher = run.to_device(make_teacher(network))
     state = build(network, teacher, split, config, run)
     bank, balance, restart = state.bank, state.balance, state.restart
-    wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": network.trained_parameters()}]))
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, network))
 
     run.resume(model=state.evaluated, extra=state.extra, optimizer=optimizer)
 

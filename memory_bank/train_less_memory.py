@@ -146,7 +146,7 @@ def train(config: Config, run: Run) -> None:
     network = MemoryBankNetwork(config.model, method.embedding_dim, freezes_norms(config, run))
     teacher = run.to_device(make_teacher(network))
     state = build(network, teacher, split, config, run)
-    wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": network.trained_parameters()}]))
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, network))
 
     run.resume(model=state.evaluated, extra=state.extra, optimizer=optimizer)
 

@@ -253,7 +253,7 @@ def train(config: Config, run: Run) -> None:
     teacher = run.to_device(make_teacher(network.segmenter))
     groups = [{"params": [*network.segmenter.parameters(), *network.representation.parameters()]}]
     groups.append({"params": list(network.probability.parameters()), "lr": method.uncer_lr})
-    wrapped, optimizer = run.prepare(network, build_optimizer(optim, groups))
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, network, groups))
 
     run.resume(model=teacher, extra={"student": network}, optimizer=optimizer)
 

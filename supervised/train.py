@@ -70,7 +70,7 @@ def train(config: Config, run: Run) -> None:
     images = TrainingImages(learned, names, scaled, config.run.seed, "labeled", with_label=True)
 
     network = build_network(config.model)
-    wrapped, optimizer = run.prepare(network, build_optimizer(optim, [{"params": list(network.parameters())}]))
+    wrapped, optimizer = run.prepare(network, build_optimizer(optim, network))
 
     run.resume(model=network, extra={}, optimizer=optimizer)
 

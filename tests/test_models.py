@@ -278,12 +278,12 @@ def test_absent_file_and_no_state_dict(tmp_path) -> None:
 
 
 def test_unknown_values_are_named() -> None:
-    with pytest.raises(UserError, match=r"model\.backbone is 'resnet99'; it must be one of resnet18"):
+    with pytest.raises(UserError, match=r"model\.backbone resnet99 is not a timm network; did you mean resnet50\?"):
         build_network(model_config(backbone="resnet99"))
     with pytest.raises(UserError, match=r"model\.stem is 'wide' with model\.output_stride 16"):
         build_network(model_config(stem="wide"))
     with pytest.raises(UserError, match=r"model\.output_stride 32"):
-        build_network(model_config(output_stride=32))
+        build_network(model_config(stem="deep", output_stride=32))
 
 
 def test_download_that_fails_names_the_way_out(monkeypatch) -> None:

@@ -14,6 +14,7 @@ from common.config.types import (
     Scale,
     Seed,
     Size,
+    number,
     whole_number,
 )
 
@@ -21,6 +22,7 @@ from common.config.types import (
 FORMER_HEADS = {"short": "v3plus", "deeplab": "v3plus_cac", "cps": "v3plus_cps", "v3": "v3plus_memory_bank"}
 CropSide = whole_number(16, 2**14)  # smaller crops vanish in the network's last features
 Rate = whole_number(1, 2**10)
+DropRate = number(0, 0.9)
 Workers = whole_number(0, 2**10)
 Threads = whole_number(1, 2**12)
 
@@ -91,37 +93,59 @@ class ModelConfig:
 
     Args:
         num_classes: Number of classes the network predicts.
-        backbone: timm name of a ResNet: resnet18, resnet34, resnet50, resnet101 or resnet152.
-        stem: First layers of the backbone: `plain` is one 7x7 convolution, `deep` is three 3x3 convolutions with 64, 64
-            and 128 channels.
-        head: Network on the backbone: DeepLabV3+ as in PRCL and CSS (`v3plus`), CAC (`v3plus_cac`), original CPS and
-            CPCL (`v3plus_cps`) or memory bank (`v3plus_memory_bank`); DeepLabV2 (`v2`), or DeepLabV2 for weights
-            pretrained on COCO (`v2_coco`). The former words `short`, `deeplab`, `cps` and `v3` are accepted for the
-            first four.
-        output_stride: Stride of the last backbone features, 8 or 16.
-        channels: Number of channels of ASPP and heads; 256 in the papers.
+        backbone: timm name of the encoder, e.g. resnet101, convnext_tiny or vit_small_patch14_dinov2; docs/encoders.md
+            and `python -m common.encoders` list them with the heads that fit.
+        stem: First layers of resnet18, 34, 50, 101 or 152: `plain` is one 7x7 convolution, `deep` is three 3x3
+            convolutions with 64, 64 and 128 channels.
+        head: Network on the encoder: DeepLabV3+ as in PRCL and CSS (`v3plus`), CAC (`v3plus_cac`), original CPS and
+            CPCL (`v3plus_cps`), memory bank (`v3plus_memory_bank`) or UniMatch (`v3plus_unimatch`); DeepLabV2 (`v2`),
+            or DeepLabV2 for weights pretrained on COCO (`v2_coco`); DPT as in UniMatch V2 (`dpt`), also for ViTs. The
+            former words `short`, `deeplab`, `cps` and `v3` are accepted for the first four.
+        output_stride: Stride of the encoder's last features under a DeepLab: 8 or 16 where the encoder can be dilated,
+            else 32. `dpt` does not use it.
+        channels: Number of channels of ASPP and heads; 256 in the papers. The widths inside `dpt` follow the encoder.
         rates: Dilation rates of the three 3x3 branches of the ASPP; by default those of the output stride.
         align_corners: `align_corners` of the bilinear upsampling of features and logits; true in the papers.
         input_mean: Mean of red, green and blue (0 to 255) that is subtracted from images, without a division by a
             standard deviation; by default images are normalized with ImageNet's mean and standard deviation.
         bgr: Feed the channels in the order blue, green, red; only with `input_mean`.
-        pretrained: ImageNet weights of the backbone: true or a timm name (downloaded), a local file, or false for
-            random weights.
+        pretrained: Weights of the encoder: true or a timm name (downloaded), a local file, or false for random weights.
+        freeze_encoder: The encoder learns nothing and keeps its batch-norm statistics; only decoder and heads train.
+        drop_path: Probability of dropping a residual branch of the encoder in training (stochastic depth); it grows
+            linearly up to this value at the last block.
+        grad_checkpointing: Compute the encoder's activations again in the backward pass: less memory, more time.
+        dinov2_positions: Resample position embeddings as the makers of DINOv2 do, for released checkpoints of UniMatch
+            V2; by default as timm does.
     """
 
     num_classes: PositiveInt
     backbone: str = "resnet101"
     stem: Literal["plain", "deep"] = "plain"
     head: Literal[
-        "v3plus", "v3plus_cac", "v3plus_cps", "v3plus_memory_bank", "v2", "v2_coco", "short", "deeplab", "cps", "v3"
+        "v3plus",
+        "v3plus_cac",
+        "v3plus_cps",
+        "v3plus_memory_bank",
+        "v3plus_unimatch",
+        "v2",
+        "v2_coco",
+        "dpt",
+        "short",
+        "deeplab",
+        "cps",
+        "v3",
     ] = "v3plus"
-    output_stride: Literal[8, 16] = 16
+    output_stride: Literal[8, 16, 32] = 16
     channels: Size = 256
     rates: Optional[tuple[Rate, Rate, Rate]] = None
     align_corners: bool = True
     input_mean: Optional[tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat]] = None
     bgr: bool = False
     pretrained: Union[bool, str] = True
+    freeze_encoder: bool = False
+    drop_path: DropRate = 0.0
+    grad_checkpointing: bool = False
+    dinov2_positions: bool = False
 
     def __post_init__(self) -> None:
         self.head = FORMER_HEADS.get(self.head, self.head)
@@ -134,6 +158,7 @@ class OptimConfig:
     Args:
         name: Optimizer, `sgd` or `adamw`.
         lr: Learning rate at the first step.
+        encoder_lr_scale: Learning rate of the encoder divided by `lr`; by default 1 (CAC and CPS: 0.1).
         weight_decay: Weight decay of all parameters.
         momentum: Momentum of `sgd`.
         nesterov: Use Nesterov momentum with `sgd`.
@@ -146,6 +171,7 @@ class OptimConfig:
 
     name: Literal["sgd", "adamw"] = "sgd"
     lr: PositiveFloat = 1e-2
+    encoder_lr_scale: Optional[PositiveFloat] = None
     weight_decay: NonNegativeFloat = 5e-4
     momentum: ClosedUnitInterval = 0.9
     nesterov: bool = True

@@ -17,6 +17,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import nn
 
 from common.errors import UserError
+from common.models.segmenter import Segmenter
 
 
 def make_accelerator(config: Any) -> Accelerator:
@@ -104,6 +105,9 @@ def prepare_layout(network: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Convert to SyncBatchNorm where it exists, and to channels-last memory, the fastest layout for convolutions."""
     if has_sync_batch_norm(accelerator):
         network = timm.layers.convert_sync_batchnorm(network)
+    for module in network.modules():
+        if isinstance(module, Segmenter):
+            module.hold_statistics()
     return network.to(memory_format=torch.channels_last)
 
 

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.config.sections import ModelConfig
+from common.models.encoders import Encoder
+from common.models.segmenter import Segmenter
+
 # Width of the fusion blocks and of the four projected taps, by the encoder's width (UniMatch V2's S, B, L and g).
 WIDTHS = {
     384: (64, (48, 96, 192, 384)),
@@ -88,6 +92,27 @@ class ResidualUnit(nn.Module):
     def forward(self, feature: Tensor) -> Tensor:
         """[B,width,h,w] -> the same shape."""
         return feature + self.conv2(torch.relu(self.conv1(torch.relu(feature))))
+
+
+class DPT(Segmenter):
+    """Encoder, DPT decoder and classifier. `features` is the result of the fusion.
+
+    `model.channels` is the width of a paper's own heads; the decoder's widths follow the encoder.
+
+    Args:
+        encoder: Encoder with four taps.
+        model: The config's `model` section.
+    """
+
+    def __init__(self, encoder: Encoder, model: ModelConfig) -> None:
+        super().__init__(encoder, model.align_corners)
+        self.decoder = DPTDecoder(encoder.channels, encoder.info.is_plain)
+        self.feature_channels = self.decoder.width
+        self.classifier = dpt_classifier(self.feature_channels, model.num_classes)
+
+    def decode(self, taps: Sequence[Tensor]) -> Tensor:
+        """Four taps -> [B,feature_channels,h,w], twice the first map's size: stride 1.75 of DINOv2, 2 of others."""
+        return self.decoder(taps)
 
 
 def dpt_classifier(width: int, num_classes: int) -> nn.Sequential:

@@ -172,7 +172,8 @@ def resize_to_multiple(image: Tensor, multiple: int) -> Tensor:
     """Resize [B,C,H,W] so that each side is the nearest multiple, at least one; other images pass unchanged."""
     height, width = image.shape[-2:]
     size = [max(1, (2 * side + multiple) // (2 * multiple)) * multiple for side in (height, width)]
-    if multiple == 1 or size == [height, width]:
+    # An exported program takes images of any size, and this resizing leaves those that fit as they are.
+    if multiple == 1 or (not torch.compiler.is_exporting() and size == [height, width]):
         return image
     return F.interpolate(image, size=size, mode="bilinear", align_corners=True)
 
@@ -244,8 +245,25 @@ def build_encoder(
         if output_stride < 32 and info.strides[-1] == output_stride:
             options["output_stride"] = output_stride
     weights = (download if isinstance(download, str) else name) if download else None
+    _check_tag(name, weights)
     body = _create(name, weights, options)
+    if weights is None:
+        _start_at_one(body)
     return Encoder(body, info, taps, dinov2_positions)
+
+
+def _check_tag(name: str, weights: str | None) -> None:
+    """Make sure that weights are of this network, and expect images as the network normalizes them."""
+    if weights is None or weights == name:
+        return
+    if weights.split(".")[0] != name.split(".")[0]:
+        raise UserError(f"model.pretrained {weights} holds weights of another network than model.backbone {name}")
+    own, other = timm.get_pretrained_cfg(name), timm.get_pretrained_cfg(weights)
+    if (own.mean, own.std, own.license) != (other.mean, other.std, other.license):
+        raise UserError(
+            f"model.pretrained {weights} has another normalization or license than model.backbone {name}; set "
+            f"model.backbone to {weights} and model.pretrained to true"
+        )
 
 
 def _create(name: str, weights: str | None, options: dict) -> nn.Module:
@@ -266,6 +284,15 @@ def _create(name: str, weights: str | None, options: dict) -> nn.Module:
             f"the pretrained weights {weights} could not be downloaded ({_first_line(error)}); "
             "set model.pretrained to the path of a local file, or to false"
         ) from error
+
+
+def _start_at_one(body: nn.Module) -> None:
+    """Set norms that timm starts at 0 to 1, as in the papers' code: where norms are frozen, a block would stay dead."""
+    for module in body.modules():
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm)
+        weight = module.weight if is_norm else None
+        if weight is not None and not weight.is_meta and not weight.any():
+            nn.init.ones_(weight)
 
 
 def _dilated_strides(name: str, output_stride: int) -> tuple[int, ...]:

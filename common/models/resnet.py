@@ -35,6 +35,7 @@ class Dilation:
 # (stem, output_stride) of a config -> the dilation of PRCL and CSS. With the deep stem their layer3 and layer4 never
 # stride, so the features have stride 8 either way; `output_stride` then chooses the dilations (and the ASPP's rates).
 DILATIONS = {
+    ("plain", 32): Dilation(32),
     ("plain", 16): Dilation(16),
     ("plain", 8): Dilation(8),
     ("deep", 16): Dilation(8, {"layer4": (2,)}, ceil_mode=True),
@@ -44,6 +45,8 @@ DILATIONS = {
 MULTI_GRID = Dilation(16, {"layer4": (2, 4, 8)})
 # Memory bank: all blocks of a stage have its dilation, including the first. CAFFE_8 belongs to weights from COCO.
 UNIFORM_16 = Dilation(16, {"layer4": (2,)})
+# UniMatch, with the deep stem: timm's rule.
+TORCHVISION_16 = Dilation(16)
 UNIFORM_8 = Dilation(8, {"layer3": (2,), "layer4": (4,)})
 CAFFE_8 = Dilation(8, UNIFORM_8.stages, ceil_mode=True, stride_first=True)
 
@@ -54,10 +57,11 @@ def build_resnet(
     output_stride: int = 16,
     download: bool | str = False,
     dilation: Dilation | None = None,
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """Build a ResNet without its classifier, with random weights (timm's Kaiming rule) or timm's ImageNet weights.
 
-    `forward(image [B,3,H,W])` returns `[low, high]`: layer1's output at stride 4 and layer4's at stride 16 or 8.
+    `forward(image [B,3,H,W])` returns `[low, high]`: layer1's output at stride 4 and layer4's at `output_stride`.
     `feature_info.channels()` are their channels: 64 and 512 up to resnet34, 256 and 2048 above. Keys are named as in
     timm and torchvision (`conv1.weight`, `bn1.*`, `layer1.0.conv1.weight`, ...; deep: `conv1.0`, `.1`, `.3`, `.4`,
     `.6`).
@@ -65,10 +69,11 @@ def build_resnet(
     Args:
         backbone: resnet18, resnet34, resnet50, resnet101 or resnet152.
         stem: `plain`, one 7x7 convolution, or `deep`, three 3x3 convolutions with 64, 64 and 128 channels (PSPNet).
-        output_stride: 16 or 8; see `DILATIONS`.
+        output_stride: 32, 16 or 8; see `DILATIONS`.
         download: ImageNet weights to download: a timm name (`resnet101.a1h_in1k`), or True for torchvision's first
             weights, from which the papers start (`deep`: Gluon's weights).
         dilation: Used instead of `DILATIONS`; its stride must be `output_stride`.
+        drop_path: Probability of dropping a residual branch of the last block; it grows with the depth of the block.
 
     Raises:
         UserError: unknown backbone, stem or stride; weights that do not exist or cannot be downloaded.
@@ -78,7 +83,7 @@ def build_resnet(
     if (stem, output_stride) not in DILATIONS:
         raise UserError(
             f"model.stem is {stem!r} with model.output_stride {output_stride!r}; "
-            "the stem must be plain or deep, the stride 8 or 16"
+            "the stem must be plain or deep, the stride 8, 16 or (plain) 32"
         )
     if dilation is not None and output_stride != dilation.stride:
         raise UserError(
@@ -91,6 +96,8 @@ def build_resnet(
     # timm starts the last norm of every block at 0, so that a block with frozen norms stays dead; torchvision and the
     # papers' code start at 1.
     options["zero_init_last"] = False
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     network = (
         _download(backbone, stem, download, options)
         if download
@@ -107,9 +114,13 @@ def build_resnet(
     return network
 
 
+def default_weights(backbone: str, stem: str = "plain") -> str:
+    """timm name of the weights from which the papers start."""
+    return f"{backbone}.tv_in1k" if stem == "plain" else f"{backbone}s.gluon_in1k"
+
+
 def _download(backbone: str, stem: str, weights: bool | str, options: dict) -> nn.Module:
-    default = f"{backbone}.tv_in1k" if stem == "plain" else f"{backbone}s.gluon_in1k"
-    name = weights if isinstance(weights, str) else default
+    name = weights if isinstance(weights, str) else default_weights(backbone, stem)
     if not name.startswith(backbone):
         raise UserError(f"model.pretrained {name} holds weights of another network than model.backbone {backbone}")
     if not timm.is_model_pretrained(name):

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from common.augment import mix
 from common.config.sections import ModelConfig
 from common.losses import upsample
-from common.models.deeplab import build_network
+from common.models.build import build_network
 
 
 class TwoNetworks(nn.Module):
-    """Two DeepLabV3+ of one config that differ in their random initial weights.
+    """Two networks of one config that differ in their random initial weights.
 
     Args:
         model: The config's `model` section.

@@ -83,9 +83,8 @@ def check_contrast(path: Path) -> None:
 
 
 def stub_network(g: Golden) -> CACNetwork:
-    """Build our network with the file's classifier and projector, on feature maps in place of images."""
+    """Build our network with the file's classifier and projector."""
     network = CACNetwork(config_of(g).model, g["proj2_bias"].numel())
-    network.segmenter.features = lambda feature: feature
     network.segmenter.classifier = nn.Conv2d(*g["cls_weight"].shape[1::-1], 1)
     state = {"weight": g["cls_weight"], "bias": g["cls_bias"]}
     network.segmenter.classifier.load_state_dict(state)
@@ -112,7 +111,10 @@ def config_of(g: Golden) -> Config:
 def check_contrast_step(network: CACNetwork, bank: Bank, own: Golden, config: Config, g: Golden) -> None:
     features = [own[f"feat{number}"].requires_grad_() for number in (1, 2)]
     network.zero_grad()
-    output = network(own["feat_l"], torch.stack(features, dim=1))
+    given = iter([own["feat_l"], *features])
+    network.segmenter.features = lambda image: next(given)
+    height, width = (4 * side for side in features[0].shape[-2:])  # of the images of these features
+    output = network(torch.empty(1), torch.empty(1, 2, 3, height, width))
     label = to_label(own["target_l"])
     supervised = cross_entropy(upsample(output["labeled"], label.shape[-2:], True), label)
     same = {"rtol": 1e-4, "atol": 1e-5}

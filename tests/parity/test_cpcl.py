@@ -324,7 +324,7 @@ def check_architecture(path: Path) -> None:
     for official, want in g["branch1_bn_eps_momentum"].items():
         assert [modules[ours_of(official)].eps, modules[ours_of(official)].momentum] == want, official
     optim = OptimConfig(lr=groups[0]["lr"], weight_decay=groups[0]["weight_decay"], momentum=groups[0]["momentum"])
-    optimizer = build_optimizer(optim, decay_groups(network.parameters()))
+    optimizer = build_optimizer(optim, network, decay_groups(network.parameters()))
     given = {
         id(parameter): (group["lr"], group["weight_decay"], group["momentum"])
         for group in optimizer.param_groups

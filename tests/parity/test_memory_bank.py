@@ -42,7 +42,7 @@ from common.images import flatten_pixels, normalize
 from common.losses import upsample
 from common.mean_teacher import make_teacher, update_teacher
 from common.metrics import ConfusionMatrix
-from common.models.deeplab import InputNormalization
+from common.models.segmenter import InputNormalization
 from common.models.weights import UNREACHED, load_state
 from common.optim import poly
 from common.released.weights import MEMORY_BANK, MEMORY_BANK_HEADS, deeplab_from_memory_bank
