@@ -33,6 +33,7 @@ from common.config.types import (
     Size,
 )
 from common.engine.run import Run
+from common.engine.signs import Facts
 from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
@@ -308,7 +309,8 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    run.examine(reader, split, method.lr_floor)
+    unused = ("method.alpha_p",) if method.labels_only else ()
+    run.examine(reader, split, Facts(lr_floor=method.lr_floor, unused=unused))
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
     cropped = CropTransform(config.data.crop_size)
     labeled_images = TrainingImages(reader, split.labeled, scaled, config.run.seed, "labeled", with_label=True)
