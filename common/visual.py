@@ -219,7 +219,9 @@ def _plot_signs(axes, shares: Mapping[str, tuple], lost: tuple[Sequence[int], Se
         numbers.set(ylim=(-0.04 * max(1, *lost[1]), 1.04 * max(1, *lost[1])), ylabel="number of classes")
         numbers.yaxis.get_major_locator().set_params(integer=True)
     handles = [line for part in axes.figure.axes[2:] for line in part.lines]
-    axes.legend(handles, [line.get_label() for line in handles], frameon=False, loc="center left")
+    axes.legend(
+        handles, [line.get_label() for line in handles], frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3
+    )
 
 
 def score_curve(numbers: Sequence[float], miou: Sequence[float], unit: str, out: Path) -> None:
@@ -258,7 +260,7 @@ def _plot_scores(axes, numbers: Sequence[float], miou: Sequence[float], unit: st
 
 def _save_figure(figure, out: Path) -> None:
     for axes in figure.axes:
-        axes.grid(alpha=0.3)
+        axes.grid(alpha=0.3, visible=axes.yaxis.get_label_position() == "left")
         axes.spines["top"].set_visible(False)
         axes.spines["right"].set_visible(axes.yaxis.get_label_position() == "right")
     figure.savefig(out, dpi=120)
