@@ -219,9 +219,8 @@ def _plot_signs(axes, shares: Mapping[str, tuple], lost: tuple[Sequence[int], Se
         numbers.set(ylim=(-0.04 * max(1, *lost[1]), 1.04 * max(1, *lost[1])), ylabel="number of classes")
         numbers.yaxis.get_major_locator().set_params(integer=True)
     handles = [line for part in axes.figure.axes[2:] for line in part.lines]
-    axes.legend(
-        handles, [line.get_label() for line in handles], frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3
-    )
+    labels = [line.get_label() for line in handles]
+    axes.legend(handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize="small")
 
 
 def score_curve(numbers: Sequence[float], miou: Sequence[float], unit: str, out: Path) -> None:

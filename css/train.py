@@ -309,8 +309,8 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    unused = ("method.alpha_p",) if method.labels_only else ()
-    run.examine(reader, split, Facts(lr_floor=method.lr_floor, unused=unused))
+    # Prototypes are no network: their average may lag.
+    run.examine(reader, split, Facts(lr_floor=method.lr_floor, skipped=("method.alpha_p",)))
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
     cropped = CropTransform(config.data.crop_size)
     labeled_images = TrainingImages(reader, split.labeled, scaled, config.run.seed, "labeled", with_label=True)

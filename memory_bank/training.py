@@ -157,7 +157,7 @@ def facts_of(config: Config, split: Split, total: int, updates_per_step: int = 1
             f"classes, but the run has {total}, so it never does; raise run.steps, or set method.class_balance false"
         )
     sources = () if method.labels_only or not source else (source,)
-    return Facts(unused=unused, updates_per_step=updates_per_step, sources=sources, signs=signs)
+    return Facts(skipped=unused, updates_per_step=updates_per_step, sources=sources, signs=signs)
 
 
 def steps_per_epoch(labeled_images: int, batch_size: int) -> int:

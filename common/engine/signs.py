@@ -38,14 +38,15 @@ class Facts:
 
     Attributes:
         lr_floor: Smallest learning rate of the schedule.
-        unused: Dotted keys of `Steps` and `Decay` constants, or of sections, that the run does not use.
+        skipped: Dotted keys of `Steps` and `Decay` constants, or of sections, that are not examined: those that the run
+            does not use, and averages that are not evaluated.
         updates_per_step: Updates per step of the run, if constants in steps count updates.
         sources: Further labeled images: their reader and their ids.
         signs: Signs that the paper itself found, one line each.
     """
 
     lr_floor: float = 0.0
-    unused: Collection[str] = ()
+    skipped: Collection[str] = ()
     updates_per_step: int = 1
     sources: Sequence[tuple[Reader, Sequence[str]]] = ()
     signs: Sequence[str] = ()
@@ -67,7 +68,7 @@ def startup_signs(
         One line per sign, without the word warning.
     """
     lr_floor = facts.lr_floor
-    signs = [*_unreached(config, total * facts.updates_per_step, facts.unused), *_late_snapshots(config.run, total)]
+    signs = [*_unreached(config, total * facts.updates_per_step, facts.skipped), *_late_snapshots(config.run, total)]
     signs += facts.signs
     if lr_floor > LR_FLOOR * config.optim.lr:
         signs.append(
@@ -241,15 +242,15 @@ class Signs(nn.Module):
         self.counts[row] += bins[:classes]
 
 
-def _unreached(section: Any, total: int, unused: Collection[str], prefix: str = "") -> Iterator[str]:
+def _unreached(section: Any, total: int, skipped: Collection[str], prefix: str = "") -> Iterator[str]:
     """Constants in steps that lie beyond the run, and decays of a teacher that lags too long."""
     hints = get_type_hints(type(section))
     for field in fields(section):
         value, key = getattr(section, field.name), prefix + field.name
-        if value is None or key in unused:
+        if value is None or key in skipped:
             continue
         if is_dataclass(value):
-            yield from _unreached(value, total, unused, f"{key}.")
+            yield from _unreached(value, total, skipped, f"{key}.")
         elif hints[field.name] == Steps and (steps := in_steps(value, total)) >= total:
             yield (
                 f"{key} is {steps} steps, but the run has {total}, so the change that it times never happens; lower "
