@@ -121,7 +121,7 @@ def context_term(
     config: Config,
     run: Run,
 ) -> dict[str, Tensor]:
-    """Add a step to the bank and compute its two contrastive losses and the share of confident cells.
+    """Add a step to the bank, compute its two contrastive losses, and count its confident cells among the signs.
 
     Args:
         output: Output of `CACNetwork`.
@@ -130,7 +130,7 @@ def context_term(
         bank: Embeddings of past steps, updated in place.
 
     Returns:
-        `loss1`, `loss2`, and `confident`: share of cells in the overlap above the threshold.
+        `loss1` and `loss2`.
     """
     method = config.method.cac
     embedding = [flatten_pixels(output[f"embedding{number}"]) for number in (1, 2)]
@@ -150,8 +150,9 @@ def context_term(
         config.model.num_classes,
         lambda count: run.accelerator.reduce(count, "mean"),
     )
-    confident = torch.stack(confidence).gt(method.pos_thresh_value).float()
-    return {"loss1": losses[0], "loss2": losses[1], "confident": confident.sum() / max(confident.numel(), 1)}
+    counted = torch.cat([label[cells] for (label, _), cells in zip(found, overlap)])
+    run.signs.count_pseudo_labels(counted, torch.cat(confidence) > method.pos_thresh_value)
+    return {"loss1": losses[0], "loss2": losses[1]}
 
 
 def cells_of(pairs: Sequence[Pair], output: dict[str, Tensor], run: Run) -> tuple[Tensor, Tensor]:

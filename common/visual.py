@@ -19,6 +19,8 @@ PAGE, INK, FAINT = (240, 240, 243), (30, 30, 35), (115, 115, 125)
 TILE = 256  # width of a picture in a panel, in pixels
 LIGHT, DARK = (230, 230, 232), (45, 45, 50)  # True and False of bool maps
 MARGIN, GAP, SWATCH = 20, 8, 14
+# Shares in metrics.jsonl that the curve shows, with their descriptions.
+SHARES = {"confident": "unlabeled pixels above the threshold", "largest_class": "largest class among pseudo-labels"}
 # Dark blue over teal to yellow: lightness rises with confidence, also in print and for the color-blind.
 CONFIDENCE_STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
@@ -174,7 +176,7 @@ def legend(entries: Sequence[tuple[str, tuple]], width: int) -> Image.Image:
 
 
 def curve(metrics_file: Path, out: Path) -> None:
-    """Draw the losses and the mIoU of a run against the step.
+    """Draw the losses, the mIoU and, where they were counted, the signs of a run (docs/troubleshooting.md).
 
     Args:
         metrics_file: The run's `metrics.jsonl`.
@@ -184,10 +186,13 @@ def curve(metrics_file: Path, out: Path) -> None:
         UserError: the log cannot be read.
     """
     lines = _read_lines(metrics_file)
+    shares = [_series(lines, name) for name in SHARES]
+    lost = _series(lines, "classes_not_predicted")
     figure = _figure()
     if figure is None:
         return
-    losses, scores = figure.subplots(2, 1, sharex=True)
+    has_signs = any(steps for steps, _ in [*shares, lost])
+    losses, scores, *below = figure.subplots(2 + has_signs, 1, sharex=True)
     for name in sorted({name for line in lines for name in line if "loss" in name}):
         steps, values = _series(lines, name)
         losses.plot(steps, values, label=name, linewidth=1.8 if name == "loss" else 1.0)
@@ -195,7 +200,27 @@ def curve(metrics_file: Path, out: Path) -> None:
     if losses.lines:
         losses.legend(frameon=False)
     losses.set_ylabel("loss")
+    for axes in below:
+        _plot_signs(axes, dict(zip(SHARES.values(), shares)), lost)
+        scores.set_xlabel("")
+        figure.set_size_inches(8, 9)
     _save_figure(figure, out)
+
+
+def _plot_signs(axes, shares: Mapping[str, tuple], lost: tuple[Sequence[int], Sequence[float]]) -> None:
+    """Draw shares (%) by their description on the left scale, and numbers of classes on the right one."""
+    for color, (name, (steps, values)) in zip(("tab:blue", "tab:red"), shares.items()):
+        if steps:
+            axes.plot(steps, [100 * value for value in values], label=name, color=color)
+    axes.set(ylim=(-4, 104), ylabel="share (%)", xlabel="step")
+    if lost[0]:
+        numbers = axes.twinx()
+        numbers.plot(*lost, "s:", color="tab:gray", markersize=4, label="classes not predicted (right scale)")
+        numbers.set(ylim=(-0.04 * max(1, *lost[1]), 1.04 * max(1, *lost[1])), ylabel="number of classes")
+        numbers.yaxis.get_major_locator().set_params(integer=True)
+    handles = [line for part in axes.figure.axes[2:] for line in part.lines]
+    labels = [line.get_label() for line in handles]
+    axes.legend(handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize="small")
 
 
 def score_curve(numbers: Sequence[float], miou: Sequence[float], unit: str, out: Path) -> None:
@@ -234,8 +259,9 @@ def _plot_scores(axes, numbers: Sequence[float], miou: Sequence[float], unit: st
 
 def _save_figure(figure, out: Path) -> None:
     for axes in figure.axes:
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3, visible=axes.yaxis.get_label_position() == "left")
+        axes.spines["top"].set_visible(False)
+        axes.spines["right"].set_visible(axes.yaxis.get_label_position() == "right")
     figure.savefig(out, dpi=120)
 
 

@@ -33,6 +33,7 @@ from common.config.types import (
     Size,
 )
 from common.engine.run import Run
+from common.engine.signs import Facts
 from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
@@ -309,7 +310,8 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    run.examine(reader, split, method.lr_floor)
+    # The prototypes are not a network that is evaluated: their average may lag.
+    run.examine(reader, split, Facts(lr_floor=method.lr_floor, skipped=("method.alpha_p",)))
     labeled_crop = CropTransform(config.data.crop_size, config.data.scale_range)
     unlabeled_crop = CropTransform(config.data.crop_size)  # scaled later, together with the pseudo-labels
     labeled_images = TrainingImages(reader, split.labeled, labeled_crop, config.run.seed, "labeled", with_label=True)

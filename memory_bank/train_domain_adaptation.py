@@ -31,6 +31,7 @@ from memory_bank.training import (
     REFRESHED,
     build,
     contrastive_term,
+    facts_of,
     freezes_norms,
     max_new_per_class,
     refresh_batch_norm,
@@ -67,10 +68,10 @@ def train(config: Config, run: Run) -> None:
     with run.accelerator.main_process_first():  # one process draws the built-in data
         source = open_source_domain(config.data, adaptation.source_dataset, adaptation.source_root)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    run.examine(reader, split)
+    source_names = source.names("train")
+    run.examine(reader, split, facts_of(config, split, run.total, source=(source, source_names)))
     cropped = crop_of(config)
     labeled_images = TrainingImages(reader, split.labeled, cropped, config.run.seed, "labeled", with_label=True)
-    source_names = source.names("train")
     source_images = TrainingImages(source, source_names, cropped, config.run.seed, "source", with_label=True)
     if not method.labels_only:
         unlabeled_images = TrainingImages(

@@ -30,6 +30,7 @@ from memory_bank.training import (
     TrainState,
     build,
     contrastive_term,
+    facts_of,
     freezes_norms,
     max_new_per_class,
     refresh_batch_norm,
@@ -133,7 +134,7 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    run.examine(reader, split)
+    run.examine(reader, split, facts_of(config, split, run.total, updates_per_step=2))
     cropped = crop_of(config)
     labeled_images = TrainingImages(reader, split.labeled, cropped, config.run.seed, "labeled", with_label=True)
     if not method.labels_only:

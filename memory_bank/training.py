@@ -10,6 +10,7 @@ from common.datasets.reader import Reader
 from common.engine.devices import share_batch
 from common.engine.run import Run
 from common.engine.run_folder import stored_before
+from common.engine.signs import Facts
 from common.evaluation.evaluate import evaluate_run
 from common.images import normalize
 from common.loaders import StepBatches
@@ -129,6 +130,34 @@ def contrastive_term(name: str, output: dict[str, Tensor], bank: Bank, network: 
     # the one backward pass after it includes them.
     embeddings, classes = output[f"{name}_embeddings"], output[f"{name}_classes"]
     return contrastive_loss(embeddings, classes, bank, network.heads.selectors)
+
+
+def facts_of(config: Config, split: Split, total: int, updates_per_step: int = 1, source: tuple = ()) -> Facts:
+    """Facts with which a run of `total` steps is examined: constants that it does not use, and its class balance.
+
+    Args:
+        config: The script's config.
+        split: Lists of the images.
+        total: Optimizer steps of the run.
+        updates_per_step: 2 where labeled and unlabeled images take turns.
+        source: Reader and ids of the source domain's images; empty without domain adaptation.
+    """
+    method, unused, signs = config.method, [], []
+    if not source or method.labels_only:
+        unused.append("method.adaptation")
+    if method.labels_only:
+        unused += ["method.bank_start", "method.contrast_start", "method.ramp_steps"]
+    if not (method.save_teacher_test or (method.use_teacher_train and not method.labels_only)):
+        unused.append("method.alpha")
+    balance = build_class_balance(config, split)
+    first = max(len(balance.labeled), len(balance.unlabeled))
+    if method.class_balance and not method.labels_only and first > total:
+        signs.append(
+            f"method.class_balance counts {first} steps, one pass over labeled and unlabeled images, before it weights "
+            f"classes, but the run has {total}, so it never does; raise run.steps, or set method.class_balance false"
+        )
+    sources = () if method.labels_only or not source else (source,)
+    return Facts(skipped=unused, updates_per_step=updates_per_step, sources=sources, signs=signs)
 
 
 def steps_per_epoch(labeled_images: int, batch_size: int) -> int:

@@ -84,7 +84,8 @@ class RunLog:
         numbers = self._average(values) | {"images_per_second": self._speed(now, step, images_per_step)}
         self._last_line, self._paused = (now, step), 0.0
         self._write_and_track(step, numbers)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        # Numbers per class, `<name>/<class>`, are written only.
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if "/" not in name)
         if self._progress:
             self._progress.update(self._task, description=shown)
         else:

@@ -27,7 +27,7 @@ from common.engine.optimizer_step import OptimizerStep
 from common.engine.progress import Progress, RunLength
 from common.engine.run_folder import check_folder, open_folder
 from common.engine.signals import Stopped, StopSignal
-from common.engine.signs import Signs
+from common.engine.signs import Facts, Signs
 from common.errors import UserError
 from common.metrics import Scores
 from common.seeding import derive_seed
@@ -135,13 +135,13 @@ class Run(AbstractContextManager):
         """Set the length of the run from the config's steps or epochs; `steps_per_epoch` is the paper's rule."""
         self._length = RunLength.from_config(self.config.run, steps_per_epoch)
 
-    def examine(self, reader: Reader, split: Split, lr_floor: float = 0.0) -> None:
+    def examine(self, reader: Reader, split: Split, facts: Facts = Facts()) -> None:
         """Warn of settings that the run cannot meet, e.g. constants in steps beyond its end; begin to count `signs`.
 
-        `lr_floor` is the smallest learning rate of the schedule; `reader` reads the labeled images of `split`.
+        `reader` reads the labeled images of `split`; `facts` are those that the config does not state.
         """
         self.signs = Signs(reader.classes, self.total, self.accelerator, self.log)
-        self.signs.warn_at_start(self.config, lr_floor, reader, split)
+        self.signs.warn_at_start(self.config, facts, reader, split)
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move the trained network to the device and wrap it for processes and precision."""
@@ -320,8 +320,6 @@ class Run(AbstractContextManager):
     def stop_requested(self) -> bool:
         """True once a signal requests a stop: an evaluation gives up, and the run ends after its next save."""
         return bool(self._stop.received or self._stop.agreed)
-
-    # The best checkpoint, and the end
 
     def stop_if_signalled(self) -> None:
         """Raise `Stopped` if any process received a signal; for work after the last step."""

@@ -4,9 +4,10 @@ Some are checked once before training (`startup_signs`), others are counted on t
 with the log. Each is printed once, with what to change; docs/troubleshooting.md explains them.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -19,6 +20,7 @@ from common.config.lengths import Decay, Steps, decay_of, in_steps
 from common.datasets.reader import Reader
 from common.engine.log import RunLog
 from common.errors import UserError
+from common.models.deeplab import RATES
 from common.splits.split import Split, classes_in
 
 LAG = 0.05  # of the run: a teacher that lags more than this is evaluated as it was long ago
@@ -30,22 +32,44 @@ LABELS_READ = 500  # labels that are read for the classes they show
 SETTLED, LEAST_STEPS = 0.5, 100  # of the run, and steps: early predictions are unreliable
 
 
+@dataclass(frozen=True)
+class Facts:
+    """Facts about a run that its config does not state.
+
+    Attributes:
+        lr_floor: Smallest learning rate of the schedule.
+        skipped: Dotted keys of `Steps` and `Decay` constants, or of sections, that are not examined: those that the run
+            does not use, and averages that are not evaluated.
+        updates_per_step: Updates per step of the run, if constants in steps count updates.
+        sources: Further labeled images: their reader and their ids.
+        signs: Signs that the paper itself found, one line each.
+    """
+
+    lr_floor: float = 0.0
+    skipped: Collection[str] = ()
+    updates_per_step: int = 1
+    sources: Sequence[tuple[Reader, Sequence[str]]] = ()
+    signs: Sequence[str] = ()
+
+
 def startup_signs(
-    config: Any, total: int, lr_floor: float, class_names: Sequence[str], shown: Sequence[bool] | None
+    config: Any, total: int, facts: Facts, class_names: Sequence[str], shown: Sequence[bool] | None
 ) -> list[str]:
-    """Check what a config states against the length of its run.
+    """Check the constants of a config against the length of its run, its crops and its labels.
 
     Args:
         config: The script's config.
         total: Optimizer steps of the run.
-        lr_floor: Smallest learning rate of the schedule.
+        facts: What the config does not state.
         class_names: Names of the classes.
         shown: For each class, True where a labeled image shows it; None where labels were not read.
 
     Returns:
         One line per sign, without the word warning.
     """
-    signs = list(_unreached(config, total, ""))
+    lr_floor = facts.lr_floor
+    signs = [*_unreached(config, total * facts.updates_per_step, facts.skipped), *_late_snapshots(config.run, total)]
+    signs += facts.signs
     if lr_floor > HIGH_LR_FLOOR * config.optim.lr:
         signs.append(
             f"the learning rate never falls below {lr_floor:g}, {lr_floor / config.optim.lr:.0%} of optim.lr "
@@ -61,22 +85,26 @@ def startup_signs(
     return signs
 
 
-def classes_shown(reader: Reader, names: Sequence[str]) -> list[bool] | None:
-    """For each class, True where a label of `names` shows it; None for lists longer than `LABELS_READ`.
+def classes_shown(sources: Sequence[tuple[Reader, Sequence[str]]]) -> list[bool] | None:
+    """For each class, True where a label shows it; None for more than `LABELS_READ` labels.
 
     Labels that cannot be read are passed over: training reports them.
+
+    Args:
+        sources: Readers, with the ids of the images whose labels they read.
     """
-    if len(names) > LABELS_READ:
+    pairs = [(reader, name) for reader, names in sources for name in names]
+    if not 0 < len(pairs) <= LABELS_READ:
         return None
 
-    def occurring(name: str) -> np.ndarray:
+    def occurring(pair: tuple[Reader, str]) -> np.ndarray:
         try:
-            return classes_in(reader, name)
+            return classes_in(*pair)
         except UserError:
-            return np.zeros(len(reader.classes), bool)
+            return np.zeros(len(pair[0].classes), bool)
 
     with ThreadPoolExecutor(16) as pool:
-        return np.any(list(pool.map(occurring, names)), axis=0).tolist()
+        return np.any(list(pool.map(occurring, pairs)), axis=0).tolist()
 
 
 class Signs(nn.Module):
@@ -94,16 +122,16 @@ class Signs(nn.Module):
     def __init__(self, class_names: Sequence[str], total: int, accelerator: Accelerator, log: RunLog) -> None:
         super().__init__()
         self._names, self._total = tuple(class_names), total
-        self._accelerator, self._log, self._warned = accelerator, log, set()
+        self._accelerator, self._log, self._warned, self._has_threshold = accelerator, log, set(), False
         # Pseudo-labels and confident ones since the last log line, labels and predictions since the last evaluation.
         self.register_buffer("counts", torch.zeros(4, len(self._names), dtype=torch.int64))
         self.to(accelerator.device)
 
-    def warn_at_start(self, config: Any, lr_floor: float, reader: Reader, split: Split) -> None:
+    def warn_at_start(self, config: Any, facts: Facts, reader: Reader, split: Split) -> None:
         """Print the signs that a config gives before training, on the main process."""
         if self._accelerator.is_main_process:
-            shown = classes_shown(reader, split.labeled)
-            for sign in startup_signs(config, self._total, lr_floor, self._names, shown):
+            shown = classes_shown([(reader, split.labeled), *facts.sources])
+            for sign in startup_signs(config, self._total, facts, self._names, shown):
                 self._log.print(f"warning: {sign}")
         self._accelerator.wait_for_everyone()
 
@@ -112,11 +140,13 @@ class Signs(nn.Module):
         """Count the pseudo-labels of a batch per class.
 
         Args:
-            pseudo_label: int64 [B,H,W]; 255 is not counted.
-            confident: bool [B,H,W], True where the paper's threshold is passed; None for papers without a threshold.
+            pseudo_label: int64 of any shape, e.g. [B,H,W]; 255 is not counted.
+            confident: bool of the same shape, True where the paper's threshold is passed; None for papers without one.
         """
         self._add(0, pseudo_label)
-        self._add(1, pseudo_label if confident is None else torch.where(confident, pseudo_label, IGNORE))
+        if confident is not None:
+            self._has_threshold = True
+            self._add(1, torch.where(confident, pseudo_label, IGNORE))
 
     @torch.no_grad()
     def count_predictions(self, logits: Tensor, label: Tensor) -> None:
@@ -130,7 +160,7 @@ class Signs(nn.Module):
         self._add(3, logits.detach().argmax(1))
 
     def read(self, step: int) -> dict[str, float]:
-        """Shares since the last call, by the name they have in metrics.jsonl; warns of what they show.
+        """Return the shares since the last call, by their keys in metrics.jsonl, and warn of what they show.
 
         Collective: all processes call it. Waits for the device.
         """
@@ -138,8 +168,11 @@ class Signs(nn.Module):
         self.counts[:2] = 0
         if not sum(labels):  # a paper without pseudo-labels, or a run on labels only
             return {}
-        values = {"confident": sum(confident) / sum(labels)}
-        values |= {f"confident/{name}": part / all_ for name, part, all_ in zip(self._names, confident, labels) if all_}
+        values: dict[str, float] = {}
+        if self._has_threshold:
+            values["confident"] = sum(confident) / sum(labels)
+            shares = zip(self._names, confident, labels)
+            values |= {f"confident/{name}": part / whole for name, part, whole in shares if whole}
         largest = max(range(len(labels)), key=lambda index: labels[index])
         values["largest_class"] = labels[largest] / sum(labels)
         if self._is_settled(step):
@@ -147,7 +180,7 @@ class Signs(nn.Module):
         return values
 
     def evaluated(self, step: int) -> list[str]:
-        """Names of the classes that labels have shown and the network has not predicted since the last evaluation.
+        """Return the names of the classes that labels showed and the network never predicted since the last call.
 
         Collective: all processes call it. Waits for the device.
         """
@@ -180,7 +213,7 @@ class Signs(nn.Module):
         return self._accelerator.reduce(self.counts, "sum").tolist()
 
     def _warn_of_pseudo_labels(self, values: dict[str, float], largest: int, shown: list[int]) -> None:
-        if values["confident"] < FEW_CONFIDENT:
+        if values.get("confident", 1.0) < FEW_CONFIDENT:
             self._warn(
                 "confident",
                 f"{values['confident']:.2%} of the unlabeled pixels pass the confidence threshold, so unlabeled images "
@@ -209,35 +242,51 @@ class Signs(nn.Module):
         self.counts[row] += bins[:classes]
 
 
-def _unreached(section: Any, total: int, prefix: str) -> Iterator[str]:
+def _unreached(section: Any, total: int, skipped: Collection[str], prefix: str = "") -> Iterator[str]:
     """Constants in steps that lie beyond the run, and decays of a teacher that lags too long."""
     hints = get_type_hints(type(section))
     for field in fields(section):
         value, key = getattr(section, field.name), prefix + field.name
-        if is_dataclass(value):
-            yield from _unreached(value, total, f"{key}.")
-        elif value is None:
+        if value is None or key in skipped:
             continue
-        elif hints[field.name] == Steps and in_steps(value, total) >= total:
+        if is_dataclass(value):
+            yield from _unreached(value, total, skipped, f"{key}.")
+        elif hints[field.name] == Steps and (steps := in_steps(value, total)) >= total:
             yield (
-                f"{key} is {value} steps, but the run has {total}: what begins there never does; "
-                f'lower it, or state it as a share of the run ("30%")'
+                f"{key} is {steps} steps, but the run has {total}, so the change that it times never happens; lower "
+                'it, or state it as a share of the run ("30%")'
             )
-        elif hints[field.name] == Decay and (lag := 1 / max(1e-9, 1 - decay_of(value, total))) > LAG * total:
+        elif hints[field.name] == Decay and (lag := _lag(decay_of(value, total))) > LAG * total:
             yield (
-                f"the teacher of {key} {value} lags {lag:.0f} steps, {lag / total:.0%} of the run: it is evaluated as "
-                f'the student was then; lower it, or state the lag as a share of the run ("2%")'
+                f"the average of {key} {value} (the teacher) lags {lag:.0f} steps, {lag / total:.0%} of the run: it "
+                'is the network of that time; lower it, or state the lag as a share of the run ("2%")'
             )
+
+
+def _lag(decay: float) -> float:
+    """Steps that an average of this decay lags."""
+    return 1 / (1 - decay) if decay < 1 else math.inf
+
+
+def _late_snapshots(run: Any, total: int) -> Iterator[str]:
+    first = run.snapshot_from or run.snapshot_every
+    if run.snapshot_every and first > total:
+        key = "snapshot_from" if run.snapshot_from else "snapshot_every"
+        yield (
+            f"run.{key} is {first} steps, but the run has {total}, so no snapshot is kept; lower it, or set "
+            "run.snapshot_every 0"
+        )
 
 
 def _small_crops(config: Any) -> Iterator[str]:
     model, crop = config.model, config.data.crop_size
     if not model.head.startswith("v3plus"):
         return
-    smallest = min(model.rates or {8: (12,), 16: (6,), 32: (3,)}[model.output_stride])
-    cells = min(crop) // model.output_stride
+    # The deep stem of PRCL and CSS keeps stride 8; there the output stride chooses the rates alone.
+    stride = 8 if model.head == "v3plus" and model.stem == "deep" else model.output_stride
+    smallest, cells = min(model.rates or RATES[model.output_stride]), -(-min(crop) // stride)
     if cells < smallest:
         yield (
-            f"crops of {crop[0]}x{crop[1]} are {cells} features wide at stride {model.output_stride}, but the smallest "
-            f"dilation of the ASPP is {smallest}: it sees borders alone; set model.rates or larger crops"
+            f"crops of {crop[0]}x{crop[1]} are {cells} features wide at stride {stride}, but the smallest rate of the "
+            f"ASPP is {smallest}, so its branches see borders alone; set model.rates, or larger crops in data.crop_size"
         )
