@@ -83,9 +83,9 @@ def check_contrast(path: Path) -> None:
 
 
 def stub_network(g: Golden) -> CACNetwork:
-    """Build our network with the file's classifier and projector, on feature maps in place of images."""
+    """Build our network with the file's classifier and projector, on feature maps enlarged to images of stride 4."""
     network = CACNetwork(config_of(g).model, g["proj2_bias"].numel())
-    network.segmenter.features = lambda feature: feature
+    network.segmenter.features = lambda image: image[..., ::4, ::4]
     network.segmenter.classifier = nn.Conv2d(*g["cls_weight"].shape[1::-1], 1)
     state = {"weight": g["cls_weight"], "bias": g["cls_bias"]}
     network.segmenter.classifier.load_state_dict(state)
@@ -109,10 +109,15 @@ def config_of(g: Golden) -> Config:
     return Config(DataConfig("voc", "", ""), model, OptimConfig(), RunConfig(), Method(cac=method))
 
 
+def enlarge(feature: Tensor) -> Tensor:
+    """Repeat each value 4 x 4 times."""
+    return feature.repeat_interleave(4, dim=-1).repeat_interleave(4, dim=-2)
+
+
 def check_contrast_step(network: CACNetwork, bank: Bank, own: Golden, config: Config, g: Golden) -> None:
     features = [own[f"feat{number}"].requires_grad_() for number in (1, 2)]
     network.zero_grad()
-    output = network(own["feat_l"], torch.stack(features, dim=1))
+    output = network(enlarge(own["feat_l"]), enlarge(torch.stack(features, dim=1)))
     label = to_label(own["target_l"])
     supervised = cross_entropy(upsample(output["labeled"], label.shape[-2:], True), label)
     same = {"rtol": 1e-4, "atol": 1e-5}
