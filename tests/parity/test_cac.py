@@ -108,6 +108,11 @@ def config_of(g: Golden) -> Config:
     return Config(DataConfig("voc", "", ""), model, OptimConfig(), RunConfig(), Method(cac=method))
 
 
+def enlarge(feature: Tensor) -> Tensor:
+    """Repeat each value 4 x 4 times."""
+    return feature.repeat_interleave(4, dim=-1).repeat_interleave(4, dim=-2)
+
+
 def check_contrast_step(network: CACNetwork, bank: Bank, own: Golden, config: Config, g: Golden) -> None:
     features = [own[f"feat{number}"].requires_grad_() for number in (1, 2)]
     network.zero_grad()
