@@ -24,7 +24,7 @@ def test_training_opens_labeled_images_alone_and_resumes(script, tiny, shapes_ro
     opened, names = [], []
     read, registered = Reader.read_pair, Run.register_batch
     module = import_module(module_of(script))
-    for panel in ("save_panel", "save_pair_panel"):
+    for panel in ("save_panel", "save_pair_panel", "save_disagreement_panel"):
         monkeypatch.setattr(module, panel, lambda *_, **__: None, raising=False)
     monkeypatch.setattr(Reader, "read_image", lambda reader, name: pytest.fail(f"{name} is opened without its label"))
     monkeypatch.setattr(
