@@ -20,7 +20,7 @@ TILE = 256  # width of a picture in a panel, in pixels
 LIGHT, DARK = (230, 230, 232), (45, 45, 50)  # True and False of bool maps
 MARGIN, GAP, SWATCH = 20, 8, 14
 # Shares in metrics.jsonl that the curve shows, with their descriptions.
-SHARES = {"confident": "unlabeled pixels above the threshold", "largest_class": "largest class among pseudo-labels"}
+SHARES = {"confident": "pixels above the threshold", "largest_class": "largest pseudo-label class"}
 # Dark blue over teal to yellow: lightness rises with confidence, also in print and for the color-blind.
 CONFIDENCE_STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
@@ -215,7 +215,7 @@ def _plot_signs(axes, shares: Mapping[str, tuple], lost: tuple[Sequence[int], Se
     axes.set(ylim=(-4, 104), ylabel="share (%)", xlabel="step")
     if lost[0]:
         numbers = axes.twinx()
-        numbers.plot(*lost, "s:", color="tab:gray", markersize=4, label="classes not predicted (right scale)")
+        numbers.plot(*lost, "s:", color="tab:gray", markersize=4, label="classes not predicted (right)")
         numbers.set(ylim=(-0.04 * max(1, *lost[1]), 1.04 * max(1, *lost[1])), ylabel="number of classes")
         numbers.yaxis.get_major_locator().set_params(integer=True)
     handles = [line for part in axes.figure.axes[2:] for line in part.lines]
@@ -259,9 +259,11 @@ def _plot_scores(axes, numbers: Sequence[float], miou: Sequence[float], unit: st
 
 def _save_figure(figure, out: Path) -> None:
     for axes in figure.axes:
-        axes.grid(alpha=0.3, visible=axes.yaxis.get_label_position() == "left")
+        is_right = axes.yaxis.get_label_position() == "right"
+        if not is_right:
+            axes.grid(alpha=0.3)
         axes.spines["top"].set_visible(False)
-        axes.spines["right"].set_visible(axes.yaxis.get_label_position() == "right")
+        axes.spines["right"].set_visible(is_right)
     figure.savefig(out, dpi=120)
 
 
