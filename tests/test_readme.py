@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ def commands() -> list[str]:
 
 COMMANDS = commands()
 OTHERS = ("make ", "git clone ")  # tested below and in test_adopt.py
+DRAWING = "python benchmarks/pictures.py"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,9 @@ def run_here(arguments: list[str], folder: Path) -> str:
 def shortened(arguments: list[str]) -> list[str]:
     """A training command or benchmark with less of everything; other commands as they are."""
     if arguments[0].endswith("losses.py"):
-        return [*arguments, "--rows", "ours", "plain formula", "--scale", "0.1", "--repeats", "1"]
+        # Each row is a process with an import of torch.
+        plain = ["plain formula"] if "prcl" in arguments else []
+        return [*arguments, "--rows", "ours", *plain, "--scale", "0.03", "--repeats", "1"]
     if arguments[0].endswith("loader.py"):
         return [*arguments, "--repeats", "1"]
     if arguments[0] in ("benchmarks/step.py", "benchmarks/memory.py"):
@@ -192,7 +196,7 @@ def test_there_are_commands():
     assert len(COMMANDS) > 15
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith(OTHERS)])
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith((*OTHERS, DRAWING))])
 def test_command(command, project, monkeypatch):
     arguments = without_launcher(command)
     if arguments[0] in SCRIPTS:
@@ -201,11 +205,18 @@ def test_command(command, project, monkeypatch):
     make_run_for(arguments, project)
     if arguments[0].endswith("accuracy.py") and "--show" not in arguments:
         arguments.append("--show")  # running a table takes an hour
+    if arguments[:2] == ["-m", "common.draw_shapes"]:
+        monkeypatch.setattr("common.datasets.shapes.make_shapes", partial(make_shapes, train=4, val=2))
     if arguments[0] == "splits/adopt.py":  # lists of the small data differ from those published under their names
         monkeypatch.setattr("common.splits.published.record", lambda: {"lists": [], "splits": []})
         if "--out" in arguments:  # a split made for a config of the same name
             shutil.rmtree(project / arguments[arguments.index("--out") + 1], ignore_errors=True)
     assert run_here(shortened(arguments), project).strip()
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith(DRAWING)])
+def test_command_with_matplotlib(command, curves, project, monkeypatch):
+    test_command(command, project, monkeypatch)
 
 
 def test_the_exported_network_is_loaded_as_the_page_says(project, monkeypatch, capsys):
