@@ -1,5 +1,6 @@
 """Every parameter learns: three steps of each training script from scratch, with every loss active."""
 
+import json
 from collections import defaultdict
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from common.engine.run import Run
-from tests.conftest import SCRIPTS
+from tests.conftest import FEW, ROOT, SCRIPTS
 from tests.helpers.commands import train
 
 HEADS = {
@@ -28,7 +29,7 @@ BANK = {
 }
 # Settings with which every loss is active from the first step.
 ACTIVE = {
-    "cac_cps/train.py": {"method.cac.epoch_start_unsup": 0, "method.cac.pos_thresh_value": 0, "optim.lr": 0.01},
+    "cac_cps/train.py": {"method.cac.epoch_start_unsup": 0, "method.cac.pos_thresh_value": 0, "optim.lr": 0.05},
     "css/train.py": {"method.weak_threshold": 0, "method.strong_threshold": 1},
     "memory_bank/train.py": BANK,
     "memory_bank/train_less_memory.py": BANK,
@@ -66,11 +67,24 @@ def learned(monkeypatch) -> dict[str, bool]:
     return found
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("script", SCRIPTS)
+def own_head(script: str) -> str:
+    """Head of the paper's demo config."""
+    config = ROOT / script.split("/")[0] / "configs" / "demo.json"
+    return json.loads(config.read_text())["model"].get("head", "v3plus")
+
+
+def pytest_generate_tests(metafunc) -> None:
+    """Every script with its own head and a few with every head; with --every-script, every pair."""
+    every = metafunc.config.getoption("--every-script")
+    pairs = [
+        (script, head) for script in SCRIPTS for head in HEADS if every or script in FEW or head == own_head(script)
+    ]
+    metafunc.parametrize(("script", "head"), pairs)
+
+
 def test_every_parameter_learns_from_scratch(script, head, tiny, learned):
     settings = {"run.steps": 3, "run.eval_every": 3, "run.save_every": 3, "model.pretrained": False, "model.head": head}
-    settings |= {"model.backbone": "resnet18"} | HEADS[head] | ACTIVE.get(script, {})
+    settings |= HEADS[head] | ACTIVE.get(script, {})
     torch.manual_seed(0)
     train(script, tiny(script, *(text for key, value in settings.items() for text in (f"--{key}", str(value)))))
     dead = {name for name, is_learned in learned.items() if not is_learned}

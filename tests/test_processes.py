@@ -41,7 +41,9 @@ def on_one_and_two_processes(function: Callable[[], None], folder: Path) -> tupl
 def batches(root: Path, processes: int, rank: int, step: int = 0, accumulation: int = 1, total: int = 4):
     """The batches one of `processes` gets, as a run with a total batch of `total` would make them."""
     config = SimpleNamespace(
-        optim=SimpleNamespace(accumulation=accumulation), data=SimpleNamespace(workers=0), run=SimpleNamespace(seed=5)
+        optim=SimpleNamespace(accumulation=accumulation),
+        data=SimpleNamespace(workers=0, class_balanced=False),
+        run=SimpleNamespace(seed=5),
     )
     run = SimpleNamespace(
         config=config,

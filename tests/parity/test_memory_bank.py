@@ -574,7 +574,7 @@ def fill(shapes: dict[str, tuple[int, ...]], offset: int, strong: bool) -> dict[
 def filled_network(path: Path, g: Golden, strong: bool) -> MemoryBankNetwork:
     model = model_of(path, int(g["num_classes"]))
     dims = g["projected_first8"].shape[1] if "projected_first8" in g else EMBEDDING_DIM
-    network = unfilled(lambda: MemoryBankNetwork(model, dims))
+    network = unfilled(lambda: MemoryBankNetwork(model, dims, freeze_norms=True))
     state = fill(released_keys(network), int(g["fill_offset"]), strong)
     load_state(network.segmenter, deeplab_from_memory_bank(state), path.name, "the segmenter")
     load_state(network.heads, heads_from_released(state), path.name, "heads and selectors")
@@ -630,7 +630,8 @@ def check_strong_network(path: Path) -> None:
 def check_key_list(path: Path) -> None:
     """Compare all keys, and how many learn. Memory selectors do not here: the release gives them no gradient."""
     listed = read_json(path)
-    network = outline(lambda: MemoryBankNetwork(model_of(path, int(listed["num_classes"])), EMBEDDING_DIM))
+    model = model_of(path, int(listed["num_classes"]))
+    network = outline(lambda: MemoryBankNetwork(model, EMBEDDING_DIM, freeze_norms=True))
     assert released_keys(network) == {key: tuple(shape) for key, shape, _ in listed["state_dict"]}
     frozen = [name for name, parameter in network.segmenter.named_parameters() if not parameter.requires_grad]
     names = {key: tuple(value.shape) for key, value in network.segmenter.named_parameters()}
@@ -661,7 +662,7 @@ class Stem(nn.Module):
 def step_network(state: Golden, g: Golden) -> MemoryBankNetwork:
     num_classes, dims = int(g["num_classes"]), int(g["F"])
     model = ModelConfig(num_classes, "resnet18", head="v3plus_memory_bank", channels=8, pretrained=False)
-    network = unfilled(lambda: MemoryBankNetwork(model, dims))
+    network = unfilled(lambda: MemoryBankNetwork(model, dims, freeze_norms=True))
     network.segmenter = Stem(int(g["D"]), num_classes, int(g["stride"]))
     network.heads = Heads(int(g["D"]), num_classes, dims)
     own = {key.replace("cls.", "classifier."): value for key, value in state.items() if key.startswith(("stem", "cls"))}
