@@ -162,7 +162,7 @@ def recorded(tmp_path, monkeypatch):
     return path
 
 
-def test_known_defects_are_told_by_name_and_others_refused(recorded, tmp_path, capsys):
+def test_known_defects_are_reported_by_name_and_others_refused(recorded, tmp_path, capsys):
     adopt([str(recorded), "--out", str(tmp_path / "out")])
     text = capsys.readouterr().out
     assert "published split: CAC/lists/4\nknown defect: one shared id" in text
@@ -187,7 +187,7 @@ def test_lists_are_recognized_whatever_their_order_and_form(recorded):
     assert said_of(VOC[1:5], unlabeled) == "published split: none"
 
 
-def test_ids_that_are_twice_and_missing_lists_are_told(tmp_path, capsys):
+def test_ids_that_are_twice_and_missing_lists_are_errors(tmp_path, capsys):
     path = published(tmp_path, "unimatch", VOC)
     write(path / "labeled.txt", [*voc_lines(VOC[:2]), *voc_lines(VOC[:1])])
     assert "1 ids occur more than once, e.g. 2007_000000" in refused([str(path)], capsys)
@@ -203,16 +203,16 @@ def test_a_config_whose_list_is_missing_prints_the_command_that_gets_it(config, 
     data = DataConfig(**json.loads(config.read_text())["data"])
     fake_tree(tmp_path / "tree", "voc", [f"2007_{number:06d}" for number in range(2000)], VOC[10:])
     reader = open_reader(DataConfig("voc", str(tmp_path / "tree")))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         split_of(data, reader)
     place = data.split or data.labeled_list or f"{data.order_dir}/split_{data.split_id}.pkl"
     theirs = [entry for entry in record()["splits"] + record()["lists"] if entry.get("place") == place]
     theirs = [entry for entry in theirs if entry.get("labels") == data.labeled_samples]
     if config.parent.parent.name == "css":  # its authors published none
-        assert not theirs and "python splits/make.py" in str(told.value)
+        assert not theirs and "python splits/make.py" in str(caught.value)
         return
     (entry,) = theirs
-    assert commands(entry, data.root, place) in str(told.value)
+    assert commands(entry, data.root, place) in str(caught.value)
 
 
 def test_the_page_names_every_published_split():

@@ -339,7 +339,7 @@ def test_a_batch_of_one_mixes_with_the_next_process():
     assert torch.isin(mixed[2], torch.cat((own[2], following[2]))).all()
 
 
-def test_wrong_arguments_are_told():
+def test_wrong_arguments_are_errors():
     with pytest.raises(UserError, match=r"mixup.*classmix"):
         mix_batch("mixup", *batch(2), rngs(2))
     with pytest.raises(ValueError, match="1 generators for 2 images"):

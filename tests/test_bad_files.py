@@ -1,4 +1,4 @@
-"""What may be wrong with a user's files, told by the training script in a line or two before anything is written."""
+"""Bad data files: the training script reports them in one or two lines before it writes anything."""
 
 import shutil
 from collections.abc import Callable
@@ -101,14 +101,14 @@ def list_validation(root: Path, name: str) -> str:
         list_validation,
     ],
 )
-def test_what_is_wrong_is_told_before_training(spoil: Callable[[Path, str], str], tree, tmp_path, capsys):
+def test_bad_data_are_reported_before_training(spoil: Callable[[Path, str], str], tree, tmp_path, capsys):
     root, names, arguments = tree
     words = spoil(root, names[0])
     assert words in refused(SCRIPT, arguments, capsys)
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_label_value_is_told_with_its_file(tree, capsys):
+def test_an_unknown_label_value_is_reported_with_its_file(tree, capsys):
     root, names, arguments = tree
     for name in names:
         label = np.array(Image.open(label_of(root, name)))
@@ -127,7 +127,7 @@ def test_windows_line_ends_and_blank_lines_are_accepted(tree, tmp_path):
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
 
-def test_a_list_in_another_encoding_is_told(tree, capsys):
+def test_a_list_in_another_encoding_is_refused(tree, capsys):
     root, _, arguments = tree
     names = listed(root, "labeled").read_text()
     listed(root, "labeled").write_text(names, encoding="utf-16")
@@ -143,5 +143,5 @@ def test_the_run_folder_of_another_network_is_refused(tiny, tmp_path, capsys):
     assert "is of another network" in message
 
 
-def test_an_unknown_device_is_told(tiny, capsys):
+def test_an_unknown_device_is_refused(tiny, capsys):
     assert "run.device" in refused(SCRIPT, tiny(SCRIPT, "--run.device", "tpu"), capsys)

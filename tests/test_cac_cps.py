@@ -142,14 +142,14 @@ def test_no_image_is_resized_to_nothing():
     assert draw_size(np.random.default_rng(0), (10, 20), base=1, scale_range=(0.5, 0.5)) == (1, 1)
 
 
-def test_a_run_that_ends_before_its_first_contrast_says_so():
-    config, said = load_config(Config, "cac_cps/configs/demo.json"), []
-    run = SimpleNamespace(total=30, log=SimpleNamespace(print=said.append))
-    assert first_contrastive_step(config, run) == 10 and not said  # the demo's share of a run
+def test_a_run_that_ends_before_its_first_contrast_warns():
+    config, warnings = load_config(Config, "cac_cps/configs/demo.json"), []
+    run = SimpleNamespace(total=30, log=SimpleNamespace(print=warnings.append))
+    assert first_contrastive_step(config, run) == 10 and not warnings  # the demo's share of a run
     config.run.steps, config.run.epochs, config.method.cac.epoch_start_unsup = None, 3, 5
-    assert first_contrastive_step(config, run) >= 30 and "epoch_start_unsup 5, epochs 3" in said[0]
+    assert first_contrastive_step(config, run) >= 30 and "epoch_start_unsup 5, epochs 3" in warnings[0]
     config.run.epochs = 30
-    assert first_contrastive_step(config, run) == 5 and len(said) == 1
+    assert first_contrastive_step(config, run) == 5 and len(warnings) == 1
 
 
 def test_pictures_of_pairs_leave_out_what_cannot_be_read_and_end_with_the_run(tmp_path):
@@ -184,7 +184,7 @@ def test_pictures_of_pairs_leave_out_what_cannot_be_read_and_end_with_the_run(tm
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "told"),
+    ("script", "arguments", "expected"),
     [
         ("train", ["--data.crop_size", "[36, 32]"], "multiples of 8"),
         (
@@ -205,8 +205,8 @@ def test_pictures_of_pairs_leave_out_what_cannot_be_read_and_end_with_the_run(tm
         ("train_semiseg_cutmix", ["--data.split", "nowhere"], "nowhere"),
     ],
 )
-def test_what_a_user_gets_wrong_is_told_before_training(script, arguments, told, tiny, tmp_path, capsys):
-    assert told in refused(script, tiny(f"cac_cps/{script}.py", *arguments), capsys)
+def test_a_mistake_is_reported_before_training(script, arguments, expected, tiny, tmp_path, capsys):
+    assert expected in refused(script, tiny(f"cac_cps/{script}.py", *arguments), capsys)
     assert not (tmp_path / "run").exists()
 
 
@@ -238,7 +238,7 @@ def test_either_network_or_both_are_evaluated(tiny, tmp_path, capsys):
     assert "sliding window 32x32 stride 22x22" in capsys.readouterr().out
 
 
-def test_the_head_of_original_cps_slides_a_window_unless_told_otherwise(tiny, tmp_path, capsys):
+def test_the_head_of_original_cps_slides_a_window_by_default(tiny, tmp_path, capsys):
     train("train_semiseg", tiny("cac_cps/train_semiseg.py", "--model.head", "v3plus_cps", "--run.steps", "2"))
     evaluated(tmp_path / "run")
     assert "sliding window 32x32" in capsys.readouterr().out

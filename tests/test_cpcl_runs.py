@@ -61,7 +61,7 @@ def test_cityscapes_with_lists_of_paths_and_mined_pixels(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["--method.train_scale_array", "[]"], "train_scale_array is empty"),
         (["--method.train_scale_array", "[0]"], "train_scale_array"),
@@ -77,11 +77,11 @@ def test_cityscapes_with_lists_of_paths_and_mined_pixels(tiny, tmp_path):
         (["--optim.batch_size", "1"], "batch norm"),
     ],
 )
-def test_what_a_user_gets_wrong_is_told_before_training(arguments, told, tiny, tmp_path, capsys):
+def test_a_mistake_is_reported_before_training(arguments, expected, tiny, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(tiny(SCRIPT, *arguments))
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and told in message and len(message.splitlines()) <= 2, message
+    assert stop.value.code == 2 and expected in message and len(message.splitlines()) <= 2, message
     assert not (tmp_path / "run").exists()
 
 
@@ -162,10 +162,10 @@ def test_from_an_epoch_on_and_a_range_of_one(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("which", "told"), [("3", "it has epochs 2, 4, 5"), ("6-", "no checkpoint of epoch 6-"), ("5-2", "empty range")]
+    ("which", "expected"), [("3", "it has epochs 2, 4, 5"), ("6-", "no checkpoint of epoch 6-"), ("5-2", "empty range")]
 )
-def test_nothing_evaluated_is_told_by_the_exit_status(which, told, trained, tmp_path):
-    assert told in evaluated(tmp_path, str(trained), "-e", which, status=2)
+def test_a_selection_without_checkpoints_ends_with_status_2(which, expected, trained, tmp_path):
+    assert expected in evaluated(tmp_path, str(trained), "-e", which, status=2)
 
 
 def released_state(run: Path) -> dict[str, torch.Tensor]:

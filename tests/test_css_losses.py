@@ -187,7 +187,7 @@ def test_the_largest_softmax_is_that_of_one_and_minus_one():
 
 
 @pytest.mark.parametrize(
-    ("method", "told"),
+    ("method", "expected"),
     [
         (Method(similarity_temp=0.5), ["0.732", "strong_threshold 0.8"]),
         (Method(pseudo_label="cross", similarity_temp=0.5), ["0.732", "strong_threshold 0.8", "un_threshold 0.97"]),
@@ -197,13 +197,13 @@ def test_the_largest_softmax_is_that_of_one_and_minus_one():
         (Method(pseudo_label="ori", similarity_temp=0.5), None),
     ],
 )
-def test_thresholds_that_no_similarity_reaches_are_told_with_the_bound(method, told):
+def test_thresholds_that_no_similarity_reaches_are_reported_with_the_bound(method, expected):
     warning = unreachable_thresholds(method, 21)
-    assert (warning is None) == (told is None)
-    assert all(part in warning for part in told or [])
+    assert (warning is None) == (expected is None)
+    assert all(part in warning for part in expected or [])
 
 
-def test_the_warning_is_said_once(tiny, capsys):
+def test_the_warning_is_printed_once(tiny, capsys):
     main(tiny("css/train.py", "--method.similarity_temp", "1"))
     assert len(re.findall("similarity is at most", capsys.readouterr().out)) == 1
 

@@ -344,7 +344,7 @@ def test_16_bit_images_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["voc", "cityscapes", "gta5"])
-def test_a_root_without_the_tree_is_told(tmp_path, dataset):
+def test_a_root_without_the_tree_is_an_error(tmp_path, dataset):
     with pytest.raises(UserError, match=rf"tree under {tmp_path}: looked for"):
         open_reader(DataConfig(dataset, str(tmp_path), ""))
     with pytest.raises(UserError, match=r"nowhere is not a folder: set data\.root"):

@@ -1,4 +1,4 @@
-"""What goes wrong in the middle of a run costs little, is told, and never ends up in the weights."""
+"""Failures in the middle of a run: they cost little, are reported, and never enter the weights."""
 
 import json
 import pickle

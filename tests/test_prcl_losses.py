@@ -132,7 +132,7 @@ def test_steps_per_epoch(labels, batch, steps):
     assert steps_per_epoch(labels, batch) == steps
 
 
-def test_a_collapsed_probability_head_is_told_once(tiny, capsys):
+def test_a_collapsed_probability_head_is_reported_once(tiny, capsys):
     main(tiny("prcl/train.py", "--method.uncer_lr", "100"))
     assert capsys.readouterr().out.count("lower method.uncer_lr (now 100)") == 1
 

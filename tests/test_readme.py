@@ -82,6 +82,8 @@ def shortened(arguments: list[str]) -> list[str]:
     if arguments[0] in ("benchmarks/step.py", "benchmarks/memory.py"):
         # Batch norm of single images has no variance.
         less = ["--method.unlabeled_batch_size", "4"] if "memory" in arguments[0] else []
+        if (script := f"{arguments[1]}/train.py") in SCRIPTS:
+            less = method_flags(SCRIPTS[script].method)
         return [*arguments, "--steps", "1", *SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, *less, "--run.steps", "6"]
     if arguments[0] not in SCRIPTS:
         return ["2-" if text == "300-" else text for text in arguments]

@@ -89,12 +89,12 @@ def test_overlap_is_refused_unless_allowed(tmp_path):
     assert read_split(folder, allow_overlap=True).unlabeled == ["b", "c"]
 
 
-def test_lists_of_other_repositories_are_told_apart(tmp_path):
+def test_lists_of_other_repositories_are_distinguished(tmp_path):
     with pytest.raises(UserError, match="one id per line"):
         read_split(lists(tmp_path / "s", "/JPEGImages/a.jpg /SegmentationClassAug/a.png\n"))
 
 
-def test_missing_and_empty_lists_are_told(tmp_path):
+def test_missing_and_empty_lists_are_errors(tmp_path):
     folder = tmp_path / "splits" / "662" / "3"
     with pytest.raises(
         UserError, match=rf"published.*\n.*voc --data-root there --labels 662 --seed 3 --out {tmp_path}"
@@ -341,7 +341,7 @@ def test_built_in_data_have_random_orders(shapes_root):
         ({"split_id": 3, "unlabeled_list": "somewhere"}, "requires data.labeled_list"),
     ],
 )
-def test_wrong_split_ids_are_told(tmp_path, values, message):
+def test_wrong_split_ids_are_errors(tmp_path, values, message):
     root = voc_tree(tmp_path / "voc")
     (tmp_path / "split_2.pkl").write_bytes(pickle.dumps(np.arange(3)))
     values = {key: value.format(tmp_path) if isinstance(value, str) else value for key, value in values.items()}

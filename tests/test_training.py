@@ -167,7 +167,7 @@ def test_a_folder_of_another_config_or_script_is_refused_and_left_alone(tiny, tm
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["--optim.batch_sise", "2"], "did you mean --optim.batch_size"),
         (["--optim.lr", "-1"], "optim.lr"),
@@ -186,9 +186,9 @@ def test_a_folder_of_another_config_or_script_is_refused_and_left_alone(tiny, tm
         (["--optim.accumulation", "2"], "too few for batch norm"),
     ],
 )
-def test_what_a_user_gets_wrong_is_told_before_training(arguments, told, tiny, tmp_path, capsys):
+def test_a_mistake_is_reported_before_training(arguments, expected, tiny, tmp_path, capsys):
     message = refused("supervised/train.py", tiny("supervised/train.py", *arguments), capsys)
-    assert told in message
+    assert expected in message
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""docs/your_data.md: its files and its three commands, in their order, on masks of every kind; and mistakes told."""
+"""docs/your_data.md: its files and its three commands in their order, on masks of every kind; errors of mistakes."""
 
 import importlib
 import json
@@ -168,14 +168,14 @@ def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatc
         (lambda mine: (mine / "photos").rename(mine / "pictures"), "no images in .*photos"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(spoil, message, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_before_anything_is_written(spoil, message, tmp_path, monkeypatch, capsys):
     mine = draw(tmp_path)
     spoil(mine)
     with pytest.raises(SystemExit) as stopped:
         make_command(tmp_path, monkeypatch)
-    told = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(told.splitlines()) <= 2
-    assert re.search(message, told), told
+    message_shown = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(message_shown.splitlines()) <= 2
+    assert re.search(message, message_shown), message_shown
     assert not (mine / "splits").exists()
 
 
@@ -187,7 +187,7 @@ def classes(mine: Path, *lines: str) -> None:
     (mine / "classes.txt").write_text("\n".join(lines))
 
 
-def test_wrong_numbers_shares_and_class_counts_are_told(tmp_path, monkeypatch, capsys):
+def test_wrong_numbers_shares_and_class_counts_are_errors(tmp_path, monkeypatch, capsys):
     draw(tmp_path, "gray")
     monkeypatch.chdir(tmp_path)
     for more, message in (

@@ -86,9 +86,9 @@ def kill_and_continue(script: str, tiny: Tiny, whole: Whole, point: Point, folde
     statuses = [child.status() for child in killed]
     assert statuses[max(victim, 0)] < 0, f"not killed at {point.name}: {killed[0].log.read_text()}"
     if processes == 2:
-        told = killed[1 - victim].log.read_text()
-        assert statuses[1 - victim] == 1 and "another process of this run ended" in told, told
-        assert "Traceback" not in told, told
+        output = killed[1 - victim].log.read_text()
+        assert statuses[1 - victim] == 1 and "another process of this run ended" in output, output
+        assert "Traceback" not in output, output
     again = [child.finish() for child in _start(script, arguments, folder / "again.log", None, processes)]
     assert_same_run(run, whole.folder)
     shutil.rmtree(run)
