@@ -12,7 +12,8 @@ from common.config.sections import DataConfig, ModelConfig, OptimConfig, RunConf
 from common.encoders import matching, row
 from common.errors import UserError
 from common.models import Segmenter, build_network
-from common.models.encoders import describe_encoder, dinov2_positions, resize_to_multiple
+from common.models.encoders import describe_encoder, resize_to_multiple
+from common.models.positions import dinov2_positions
 from common.optim import build_optimizer, set_lr
 from tests.conftest import ROOT, flags
 from tests.helpers.commands import train
