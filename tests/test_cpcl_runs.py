@@ -85,7 +85,9 @@ def test_a_mistake_is_reported_before_training(arguments, expected, tiny, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cpcl" / "configs").glob("[cv]*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "cpcl" / "configs").glob("[cv]*_resnet*.json")), ids=lambda path: path.stem
+)
 def test_snapshots_are_after_every_second_epoch_from_a_sixth_on(path):
     run = load_config(Config, path).run
     steps = range(run.snapshot_from, run.epochs * run.steps_per_epoch + 1, run.snapshot_every)

@@ -11,11 +11,13 @@ from functools import lru_cache
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common.config.files import did_you_mean
 from common.errors import UserError
+from common.models.positions import use_dinov2_positions
 
 # Options under which a timm network takes images of any size, in the order in which they are tried.
 SIZE_OPTIONS = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
@@ -113,7 +115,7 @@ def describe_encoder(name: str, output_stride: int = 32) -> EncoderInfo:
     is_plain = len(strides) > 1 and len(set(strides)) == 1
     if output_stride < 32 and not is_plain and strides[-1] > output_stride:
         strides = _dilated_strides(name, output_stride)
-    cfg = timm.get_pretrained_cfg(name) or body.pretrained_cfg
+    cfg = timm.get_pretrained_cfg(name) or PretrainedCfg()
     options, multiple = _size_rule(name, is_plain)
     depth = 0
     if is_plain:
@@ -176,39 +178,6 @@ def resize_to_multiple(image: Tensor, multiple: int) -> Tensor:
     if multiple == 1 or (not torch.compiler.is_exporting() and size == [height, width]):
         return image
     return F.interpolate(image, size=size, mode="bilinear", align_corners=True)
-
-
-def use_dinov2_positions(body: nn.Module, name: str) -> None:
-    """Let a timm ViT resample its position table as facebookresearch's DINOv2 does: bicubic, scale (n + 0.1) / N,
-    no antialias. timm resamples by size and with antialias: equal at the native size, not elsewhere.
-
-    Released UniMatch V2 checkpoints were trained and scored with the former.
-
-    Raises:
-        UserError: the network has no position table with one class token.
-    """
-    if getattr(body, "pos_embed", None) is None or body.num_prefix_tokens != 1:
-        raise UserError(f"model.dinov2_positions needs a ViT with a position table and a class token, not {name}")
-    native = body.patch_embed.grid_size
-
-    def add_positions(tokens: Tensor) -> Tensor:
-        """[B,h,w,C] -> class token and patches with positions, [B,1+h*w,C]."""
-        batch, height, width, _ = tokens.shape
-        table = dinov2_positions(body.pos_embed, native, (height, width))
-        return body.pos_drop(torch.cat([body.cls_token.expand(batch, -1, -1), tokens.flatten(1, 2)], dim=1) + table)
-
-    body._pos_embed = add_positions  # timm has no public way to choose the interpolation
-
-
-def dinov2_positions(table: Tensor, native: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Position embeddings [1,1+N,C] of the `native` grid for another `grid` of patches: [1,1+h*w,C]."""
-    if grid == tuple(native):
-        return table
-    first, patches = table[:, :1].float(), table[:, 1:].float()
-    square = patches.reshape(1, *native, -1).permute(0, 3, 1, 2)
-    scale = tuple((new + 0.1) / old for new, old in zip(grid, native))
-    resized = F.interpolate(square, scale_factor=scale, mode="bicubic", antialias=False)
-    return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1).to(table.dtype)
 
 
 def build_encoder(
