@@ -108,11 +108,6 @@ def config_of(g: Golden) -> Config:
     return Config(DataConfig("voc", "", ""), model, OptimConfig(), RunConfig(), Method(cac=method))
 
 
-def enlarge(feature: Tensor) -> Tensor:
-    """Repeat each value 4 x 4 times."""
-    return feature.repeat_interleave(4, dim=-1).repeat_interleave(4, dim=-2)
-
-
 def check_contrast_step(network: CACNetwork, bank: Bank, own: Golden, config: Config, g: Golden) -> None:
     features = [own[f"feat{number}"].requires_grad_() for number in (1, 2)]
     network.zero_grad()
@@ -128,7 +123,8 @@ def check_contrast_step(network: CACNetwork, bank: Bank, own: Golden, config: Co
     size = output["embedding1"].shape[-2:]
     overlap = tuple(torch.from_numpy(cells) for cells in overlap_cells(pairs_of(own), *size))
     alone = SimpleNamespace(
-        accelerator=SimpleNamespace(gather=lambda values: values, reduce=lambda values, how: values)
+        accelerator=SimpleNamespace(gather=lambda values: values, reduce=lambda values, how: values),
+        signs=SimpleNamespace(count_pseudo_labels=lambda *counted: None),
     )
     losses = context_term(output, overlap, (own["sel1"], own["sel2"]), bank, config, alone)
     for number in (1, 2):
