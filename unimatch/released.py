@@ -1,0 +1,4 @@
+"""stub"""
+
+RELEASE = None
+translate = None
