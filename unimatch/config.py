@@ -20,9 +20,9 @@ class Method:
         ohem: Compute the supervised loss on hard pixels only (Cityscapes; `criterion` of the released configs).
         ohem_threshold: Probability of its class up to which a labeled pixel is hard.
         ohem_min_kept: Smallest number of labeled pixels per image that are kept.
-        alpha: Largest EMA decay of the teacher; train.py has none.
-        teacher: Whether the teacher labels the unlabeled images in train_fixmatch.py (UniMatch V2's baseline); by
-            default the trained network does (UniMatch's baseline). train_v2.py always has a teacher.
+        alpha: Largest EMA decay of the teacher, which train_v2.py needs and train.py has not. In train_fixmatch.py the
+            teacher labels the unlabeled images (UniMatch V2's baseline); by default, without one, the trained network
+            does (UniMatch's baseline).
         comp_drop: Complementary dropout of train_v2.py with one draw of channels for all taps (`shared`), or one per
             tap (`per_level`); by default `shared` for plain ViTs and `per_level` for hierarchical encoders.
         spare: Share of the unlabeled images whose features train_v2.py does not drop.
@@ -34,8 +34,7 @@ class Method:
     ohem: bool = False
     ohem_threshold: ClosedUnitInterval = 0.7
     ohem_min_kept: PositiveInt = 100_000
-    alpha: Decay = 0.996
-    teacher: bool = False
+    alpha: Optional[Decay] = None
     comp_drop: Optional[Literal["shared", "per_level"]] = None
     spare: ClosedUnitInterval = 0.5
     sliding_window: bool = False

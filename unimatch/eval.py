@@ -1,4 +1,4 @@
-"""Evaluate UniMatch, UniMatch V2 or FixMatch: `python unimatch/eval.py [RUN] [-e WHICH] ...`; see docs/evaluation.md."""
+"""Evaluate UniMatch, V2 or FixMatch: `python unimatch/eval.py [RUN] [-e WHICH] ...`; see docs/evaluation.md."""
 
 from common.evaluation.cli import main_eval
 from unimatch.config import Config, protocol_of

@@ -3,9 +3,9 @@
     accelerate launch unimatch/train.py --config unimatch/configs/pascal_unimatch_resnet101.json
     accelerate launch unimatch/train.py --config unimatch/configs/demo.json     # built-in data, minutes on a CPU
 
-The network labels weakly augmented images itself; it learns those labels from two strongly augmented, mixed versions and
-from features of the weak image with half of their channels dropped. See unimatch/README.md for every departure from the
-released code, hardware and results.
+The network labels weakly augmented images itself; it learns those labels from two strongly augmented, mixed versions
+and from features of the weak image with half of their channels dropped. See unimatch/README.md for every departure from
+the released code, hardware and results.
 """
 
 from typing import Any
@@ -64,19 +64,19 @@ class UniMatchNetwork(nn.Module):
         """
         if weak is None:
             return {"labeled": self.segmenter(labeled)}
-        taps = self.segmenter.encode(torch.cat([labeled, weak]))
+        whole, dropped = self.whole_and_dropped(torch.cat([labeled, weak]), kept)
+        names = ("labeled", "weak", "perturbed", "strong1", "strong2")
+        return dict(zip(names, (*whole.chunk(2), dropped.chunk(2)[1], *self.segmenter(strong).chunk(2))))
+
+    def whole_and_dropped(self, image: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [B,C,h,w] of normalized images from whole features, and from those that keep half of their channels.
+
+        As released, both are one batch for the decoder's batch norm, and labeled images are in it too.
+        """
+        taps = self.segmenter.encode(image)
         dropped = drop_channels(taps, [2.0 * channels for channels in kept])
-        # One decoder batch: its batch norm sees whole and dropped features, also of labeled images, as released.
         feature = self.segmenter.decode([torch.cat(pair) for pair in zip(taps, dropped)])
-        logits = self.segmenter.classifier(feature).chunk(4)
-        strong1, strong2 = self.segmenter(strong).chunk(2)
-        return {
-            "labeled": logits[0],
-            "weak": logits[1],
-            "perturbed": logits[3],
-            "strong1": strong1,
-            "strong2": strong2,
-        }
+        return self.segmenter.classifier(feature).chunk(2)
 
 
 @torch.no_grad()

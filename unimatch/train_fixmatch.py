@@ -1,11 +1,11 @@
 """FixMatch (Sohn et al., NeurIPS 2020) as UniMatch's and UniMatch V2's baseline for segmentation.
 
     accelerate launch unimatch/train_fixmatch.py --config unimatch/configs/pascal_fixmatch_resnet101.json
-    accelerate launch unimatch/train_fixmatch.py --config unimatch/configs/pascal_fixmatch_v2_dinov2_base.json
-    accelerate launch unimatch/train_fixmatch.py --config unimatch/configs/demo.json     # built-in data, minutes on a CPU
+    accelerate launch unimatch/train_fixmatch.py --config unimatch/configs/pascal_fixmatch_dinov2_base.json
+    accelerate launch unimatch/train_fixmatch.py --config unimatch/configs/demo.json     # built-in data
 
 The weakly augmented image labels its strongly augmented, mixed version: by the trained network itself, as in UniMatch's
-repository, or by a mean teacher (`method.teacher`), as in that of UniMatch V2. See unimatch/README.md.
+repository, or by a mean teacher (`method.alpha`), as in that of UniMatch V2. See unimatch/README.md.
 """
 
 from typing import Any
@@ -104,14 +104,14 @@ def train(config: Config, run: Run) -> None:
             reader, split.unlabeled, weak_crop, config.run.seed, "unlabeled", with_label=False
         )
 
-    decay = decay_of(method.alpha, run.total)
+    has_teacher = method.alpha is not None
     network = FixMatchNetwork(config.model)
-    teacher = run.to_device(make_teacher(network.segmenter)).eval() if method.teacher else None
+    teacher = run.to_device(make_teacher(network.segmenter)).eval() if has_teacher else None
     labeler = network.segmenter if teacher is None else teacher
     wrapped, optimizer = run.prepare(network, build_optimizer(optim, network))
     ohem, protocol = hard_pixels(method), protocol_of(config)
 
-    run.resume(model=labeler, extra={"student": network.segmenter} if method.teacher else {}, optimizer=optimizer)
+    run.resume(model=labeler, extra={"student": network.segmenter} if has_teacher else {}, optimizer=optimizer)
 
     def score() -> None:
         run.log_scores(evaluate_run(labeler, reader, split, run, protocol))
@@ -150,13 +150,13 @@ def train(config: Config, run: Run) -> None:
                 (mixed,) = mix_maps([image], partners(run, image), mask)
                 of_partner = partners(run, *weak)
             with record_function("student"):
-                own = None if method.teacher else normalize(weak_image)
+                own = None if has_teacher else normalize(weak_image)
                 output = wrapped(normalize(labeled.image), own, normalize(mixed))
             with record_function("losses"):
                 supervised = supervised_loss(
                     upsample(output["labeled"], size, corners), label, ohem, optim.supervised_loss
                 )
-                if not method.teacher:  # the forward that trains labels, too
+                if not has_teacher:  # the forward that trains labels, too
                     weak = targets(output["weak"], padding, corners)
                 strong = consistency_loss(
                     upsample(output["strong"], size, corners), *mix_maps(weak, of_partner, mask), method.conf_thresh
@@ -173,8 +173,10 @@ def train(config: Config, run: Run) -> None:
         with record_function("teacher update"):
             if stepped:
                 run.share_statistics(network)
-                if method.teacher:
-                    update_teacher(teacher, network.segmenter, ema_decay(step, decay), buffers=True)
+                if has_teacher:
+                    update_teacher(
+                        teacher, network.segmenter, ema_decay(step, decay_of(method.alpha, run.total)), buffers=True
+                    )
 
         run.finish_step(
             losses | watched | {"lr": optimizer.param_groups[0]["lr"]},

@@ -3,9 +3,9 @@
     accelerate launch unimatch/train_v2.py --config unimatch/configs/pascal_unimatch_v2_dinov2_small.json
     accelerate launch unimatch/train_v2.py --config unimatch/configs/demo_v2.json     # built-in data, minutes on a CPU
 
-A mean teacher labels weakly augmented images; the student learns those labels from two strongly augmented, mixed versions,
-each with the half of the feature channels that the other lacks. See unimatch/README.md for every departure from the
-released code, hardware and results.
+A mean teacher labels weakly augmented images; the student learns those labels from two strongly augmented, mixed
+versions, each with the half of the feature channels that the other lacks. See unimatch/README.md for every departure
+from the released code, hardware and results.
 """
 
 from collections.abc import Sequence
@@ -121,6 +121,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(config: Config, run: Run) -> None:
     optim, method = config.optim, config.method
+    if method.alpha is None:
+        raise UserError("method.alpha is not set, but UniMatch V2 has a teacher: give its decay, 0.996 in the paper")
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.unlabeled), optim.batch_size))
