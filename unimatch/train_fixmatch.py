@@ -105,6 +105,7 @@ def train(config: Config, run: Run) -> None:
         )
 
     has_teacher = method.alpha is not None
+    decay = decay_of(method.alpha, run.total) if has_teacher else 0.0
     network = FixMatchNetwork(config.model)
     teacher = run.to_device(make_teacher(network.segmenter)).eval() if has_teacher else None
     labeler = network.segmenter if teacher is None else teacher
