@@ -22,8 +22,9 @@ from tests.conftest import SCRIPTS, method_flags
 from tests.helpers.commands import SMALL_MODEL, run_python, without_launcher
 
 ROOT = Path(__file__).parent.parent
-# The commands of docs/your_data.md go together: test_your_data.py runs them.
-PAGES = sorted({ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")} - {ROOT / "docs/your_data.md"})
+# The commands of these go together: test_your_data.py and test_add_a_paper.py run them.
+TOGETHER = {ROOT / "docs/your_data.md", ROOT / "docs/add_a_paper.md"}
+PAGES = sorted({ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")} - TOGETHER)
 SMALL_DATA = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--data.allow_overlap", "true"]
 SMALL_RUN = ["--optim.batch_size", "2", "--run.steps", "2", "--run.eval_every", "2", "--run.threads", "1"]
 

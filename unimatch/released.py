@@ -39,8 +39,15 @@ DINOV2 = {
     }
     for size in ("small", "base", "large", "giant")
 }
-SGD: Settings = {"optim.name": "sgd", "optim.weight_decay": 1e-4, "optim.momentum": 0.9, "optim.nesterov": False}
-ADAMW: Settings = {"optim.name": "adamw", "optim.weight_decay": 0.01}
+# Settings of a version of the method that its scripts hard-code.
+V1: Settings = {
+    "model.head": "v3plus_unimatch",
+    "optim.name": "sgd",
+    "optim.weight_decay": 1e-4,
+    "optim.momentum": 0.9,
+    "optim.nesterov": False,
+}
+V2: Settings = {"model.head": "dpt", "optim.name": "adamw", "optim.weight_decay": 0.01, "method.alpha": 0.996}
 ALWAYS: Settings = {"data.scale_range": [0.5, 2.0]}
 
 
@@ -93,7 +100,7 @@ def _min_kept(key: str, flat: Settings) -> Settings:
 def _backbone(key: str, flat: Settings) -> Settings:
     settings = choice(flat, key, RESNETS | DINOV2)
     is_v2 = str(flat[key]).lower() in DINOV2
-    return settings | ({"model.head": "dpt"} | ADAMW if is_v2 else {"model.head": "v3plus_unimatch"} | SGD)
+    return settings | (V2 if is_v2 else V1)
 
 
 def _head(key: str, flat: Settings) -> str:

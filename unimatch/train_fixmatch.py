@@ -175,9 +175,7 @@ def train(config: Config, run: Run) -> None:
             if stepped:
                 run.share_statistics(network)
                 if has_teacher:
-                    update_teacher(
-                        teacher, network.segmenter, ema_decay(step, decay_of(method.alpha, run.total)), buffers=True
-                    )
+                    update_teacher(teacher, network.segmenter, ema_decay(step, decay), buffers=True)
 
         run.finish_step(
             losses | watched | {"lr": optimizer.param_groups[0]["lr"]},
