@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.images import normalize
+from common.models.encoders import resize_to_multiple
 
 WINDOWS_AT_ONCE = 8
 
@@ -134,19 +135,13 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def nearest_multiple(side: int, multiple: int) -> int:
-    """Round a side to the nearest multiple, half up, but at least one."""
-    return max(1, (2 * side + multiple) // (2 * multiple)) * multiple
-
-
 def _whole(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: Protocol) -> tuple[Tensor, Tensor]:
     image = normalize(image)
     if protocol.multiple == 1:
         logits = _forward(network, image, size, protocol)
     elif protocol.fit == "resize":
-        nearest = [nearest_multiple(side, protocol.multiple) for side in image.shape[-2:]]
-        logits = _forward(network, _resized(image, nearest, True), nearest, protocol)
-        logits = _resized(logits, size, True)
+        fitted = resize_to_multiple(image, protocol.multiple)
+        logits = _resized(_forward(network, fitted, fitted.shape[-2:], protocol), size, True)
     else:
         height, width = image.shape[-2:]
         margins = (0, -width % protocol.multiple, 0, -height % protocol.multiple)

@@ -41,13 +41,14 @@ from common.augment.geometry import nearest_crop
 from common.augment.mixing import box_mask
 from common.config.sections import ModelConfig, OptimConfig
 from common.evaluation import inference
-from common.evaluation.inference import Protocol, nearest_multiple, sum_logits
+from common.evaluation.inference import Protocol, sum_logits
 from common.images import normalize
 from common.losses import cross_entropy, label_and_confidence, ohem_cross_entropy, upsample
 from common.mean_teacher import ema_decay, make_teacher, update_teacher
 from common.metrics import ConfusionMatrix
 from common.models import Segmenter, build_network
-from common.models.encoders import dinov2_positions
+from common.models.encoders import resize_to_multiple
+from common.models.positions import dinov2_positions
 from common.models.weights import load_state
 from common.optim import build_optimizer, poly, set_lr
 from common.released.weights import UNIMATCH, UNIMATCH_V2, UNIMATCH_V2_UNUSED, segmenter_from_unimatch
@@ -516,7 +517,8 @@ def check_sizes(path: Path) -> None:
     g = read(path)
     multiple = int(g.get("multiple", 14))
     for side, want in zip(g["side"].tolist(), g["resized"].tolist(), strict=True):
-        assert nearest_multiple(side, multiple) == max(want, multiple)
+        resized = resize_to_multiple(torch.zeros(1, 1, side, multiple), multiple)
+        assert tuple(resized.shape[-2:]) == (max(want, multiple), multiple)
 
 
 def check_miou(path: Path) -> None:
