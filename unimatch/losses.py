@@ -72,14 +72,18 @@ def draw_spared(seed: int, positions: Sequence[int], images: int, share: float) 
     return [position % images in chosen for position in positions]
 
 
-def complementary_masks(kept: Tensor, spared: Tensor) -> Tensor:
-    """Factors [2B,C] of complementary dropout: 2 or 0 in the first view, 0 or 2 in the second, 1 in spared images.
+def first_view_factors(kept: Tensor, spared: Tensor) -> Tensor:
+    """Factors [B,C] of complementary dropout in the first view: 2 or 0, and 1 in spared images.
 
     Args:
         kept: Bool [B,C], channels that the first view keeps.
         spared: Bool [B].
     """
-    first = torch.where(spared[:, None], 1.0, 2.0 * kept)
+    return torch.where(spared[:, None], 1.0, 2.0 * kept)
+
+
+def with_complement(first: Tensor) -> Tensor:
+    """Factors [2B,C] of both views, which sum to 2, from those of the first view [B,C]."""
     return torch.cat([first, 2.0 - first])
 
 

@@ -8,6 +8,7 @@ and from features of the weak image with half of their channels dropped. See uni
 the released code, hardware and results.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,26 +50,30 @@ class UniMatchNetwork(nn.Module):
         self,
         labeled: Tensor,
         weak: Tensor | None = None,
-        strong: Tensor | None = None,
-        kept: list[Tensor] | None = None,
+        strong: Sequence[Tensor] = (),
+        kept_labeled: Sequence[Tensor] = (),
+        kept_weak: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """Run the one forward of a step with the paper's two batches: labeled and weak images, then strong views.
 
         Args:
             labeled, weak: Normalized images [B,3,H,W]; without the latter the network learns from labels only.
-            strong: [2B,3,H,W], both strong views.
-            kept: Channels that the dropout keeps in the features of `labeled` and `weak`, bool [2B,C] per tap.
+            strong: Both strong views [B,3,H,W].
+            kept_labeled, kept_weak: Channels that the dropout keeps in features of the images, bool [B,C] per tap.
 
         Returns:
             Logits: `labeled`, `weak`, `perturbed` (from dropped features of `weak`), `strong1`, `strong2`: [B,C,h,w].
         """
         if weak is None:
             return {"labeled": self.segmenter(labeled)}
+        kept = [torch.cat(pair) for pair in zip(kept_labeled, kept_weak, strict=True)]
         whole, dropped = self.whole_and_dropped(torch.cat([labeled, weak]), kept)
         names = ("labeled", "weak", "perturbed", "strong1", "strong2")
-        return dict(zip(names, (*whole.chunk(2), dropped.chunk(2)[1], *self.segmenter(strong).chunk(2))))
+        return dict(
+            zip(names, (*whole.chunk(2), dropped.chunk(2)[1], *self.segmenter(torch.cat(list(strong))).chunk(2)))
+        )
 
-    def whole_and_dropped(self, image: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def whole_and_dropped(self, image: Tensor, kept: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits [B,C,h,w] of normalized images from whole features, and from those that keep half of their channels.
 
         As released, both are one batch for the decoder's batch norm, and labeled images are in it too.
@@ -161,11 +166,15 @@ def train(config: Config, run: Run) -> None:
             with record_function("augmentation"):
                 views = strong_views(weak_image, unlabeled.positions, config.run.seed, count=2)
                 mixed = [mix_maps([image], partners(run, image), mask)[0] for image, mask in views]
-                rngs = generators(config.run.seed, "dropped channels of labeled", labeled.positions)
-                rngs += generators(config.run.seed, "dropped channels", unlabeled.positions)
-                kept = draw_kept(rngs, channels, run.device)
+                streams = {"dropped channels of labeled": labeled, "dropped channels": unlabeled}
+                kept = [
+                    draw_kept(generators(config.run.seed, purpose, batch.positions), channels, run.device)
+                    for purpose, batch in streams.items()
+                ]
             with record_function("student"):
-                output = wrapped(normalize(labeled.image), normalize(weak_image), normalize(torch.cat(mixed)), kept)
+                output = wrapped(
+                    normalize(labeled.image), normalize(weak_image), [normalize(one) for one in mixed], *kept
+                )
             with record_function("losses"):
                 supervised = supervised_loss(
                     upsample(output["labeled"], size, corners), label, ohem, optim.supervised_loss

@@ -34,13 +34,14 @@ from common.seeding import generators
 from unimatch.augment import LongSideCrop, mix_maps, partners, strong_views
 from unimatch.config import Config, hard_pixels, protocol_of, steps_per_epoch
 from unimatch.losses import (
-    complementary_masks,
     confident_share,
     consistency_loss,
     draw_kept,
     draw_spared,
     drop_channels,
+    first_view_factors,
     unimatch_v2_loss,
+    with_complement,
 )
 from unimatch.released import translate
 
@@ -57,21 +58,22 @@ class UniMatchV2Network(nn.Module):
         self.segmenter = build_network(model)
 
     def forward(
-        self, labeled: Tensor, strong: Tensor | None = None, factors: Sequence[Tensor] | None = None
+        self, labeled: Tensor, strong: Sequence[Tensor] = (), factors: Sequence[Tensor] = ()
     ) -> dict[str, Tensor]:
         """Run the one forward of a step with the paper's two batches: labeled images, then the strong views.
 
         Args:
             labeled: Normalized images [B,3,H,W].
-            strong: [2B,3,H,W], both strong views; without them the network learns from labels only.
-            factors: Factors [2B,C] of the channels of `strong`, one per tap.
+            strong: Both strong views [B,3,H,W]; without them the network learns from labels only.
+            factors: Factors [B,C] of the channels of the first view, one per tap.
 
         Returns:
             Logits: `labeled`, `strong1`, `strong2`: [B,C,h,w].
         """
         output = {"labeled": self.segmenter(labeled)}
-        if strong is not None:
-            taps = drop_channels(self.segmenter.encode(strong), factors)
+        if strong:
+            taps = self.segmenter.encode(torch.cat(list(strong)))
+            taps = drop_channels(taps, [with_complement(first) for first in factors])
             logits = self.segmenter.classifier(self.segmenter.decode(taps))
             output["strong1"], output["strong2"] = logits.chunk(2)
         return output
@@ -93,7 +95,7 @@ def pseudo_labels(teacher: nn.Module, image: Tensor, padding: Tensor, run: Run) 
 
 
 def dropout_factors(positions: Sequence[int], network: UniMatchV2Network, config: Config, run: Run) -> list[Tensor]:
-    """Factors [2B,C] of complementary dropout for each tap.
+    """Factors [B,C] of complementary dropout in the first view, for each tap.
 
     Args:
         positions: Position of each image in the run, from which its random numbers follow.
@@ -109,7 +111,7 @@ def dropout_factors(positions: Sequence[int], network: UniMatchV2Network, config
     spared = draw_spared(config.run.seed, positions, len(positions) * run.processes, method.spare)
     spared = to_device(np.array(spared), run.device)
     kept = draw_kept(rngs, channels[:1] if shared else channels, run.device)
-    masks = [complementary_masks(one, spared) for one in kept]
+    masks = [first_view_factors(one, spared) for one in kept]
     return masks * len(channels) if shared else masks
 
 
@@ -179,7 +181,7 @@ def train(config: Config, run: Run) -> None:
                 mixed = [mix_maps([image], partners(run, image), mask)[0] for image, mask in views]
                 factors = dropout_factors(unlabeled.positions, network, config, run)
             with record_function("student"):
-                output = wrapped(normalize(labeled.image), normalize(torch.cat(mixed)), factors)
+                output = wrapped(normalize(labeled.image), [normalize(one) for one in mixed], factors)
             with record_function("losses"):
                 supervised = supervised_loss(
                     upsample(output["labeled"], size, corners), label, ohem, optim.supervised_loss

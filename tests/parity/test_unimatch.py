@@ -55,15 +55,16 @@ from common.released.weights import UNIMATCH, UNIMATCH_V2, UNIMATCH_V2_UNUSED, s
 from unimatch import train, train_fixmatch, train_v2
 from unimatch.augment import STRONG, LongSideCrop, draw_cutmix_box, mix_maps
 from unimatch.losses import (
-    complementary_masks,
     confident_share,
     consistency_loss,
     draw_kept,
     draw_spared,
     drop_channels,
+    first_view_factors,
     fixmatch_loss,
     unimatch_loss,
     unimatch_v2_loss,
+    with_complement,
 )
 
 COLORS = ("brightness", "contrast", "saturation", "hue")  # numbers 0 to 3 of the files
@@ -330,6 +331,11 @@ def check_losses(path: Path, views: Sequence[str], total: Callable[..., Tensor])
 
 
 # ---- complementary dropout
+
+
+def complementary_masks(kept: Tensor, spared: Tensor) -> Tensor:
+    """Factors [2B,C] of both views."""
+    return with_complement(first_view_factors(kept, spared))
 
 
 def check_complementary(path: Path) -> None:
@@ -928,9 +934,12 @@ def check_steps_v1(path: Path, module, network_class: str) -> None:
         partner = module.pseudo_labels(network.segmenter, in_range(own["p_weak"]), own["p_ignore"], RUN)
         assert network.segmenter.training
         close_targets(own, "p", *partner, own["p_ignore"])
-        strong = torch.cat([mixed_image(own, view, own[f"p_strong{view}"]) for view in views])
-        kept = [[own["drop_low"].bool(), own["drop_high"].bool()]] if "drop_low" in own else []
-        output = network(own["x_image"], own["u_weak"], strong, *kept)
+        strong = [mixed_image(own, view, own[f"p_strong{view}"]) for view in views]
+        if "drop_low" in own:
+            kept = zip(*(own[name].bool().chunk(2) for name in ("drop_low", "drop_high")))
+            output = network(own["x_image"], own["u_weak"], strong, *kept)
+        else:
+            output = network(own["x_image"], own["u_weak"], *strong)
         logits = {name: upsample(values, padding.shape[-2:], True) for name, values in output.items()}
         weak = module.targets(output["weak"], padding, True)
         close_targets(own, "w", *weak, padding)
@@ -973,12 +982,12 @@ def check_steps_v2(path: Path, module, network_class: str) -> None:
         weak = module.pseudo_labels(teacher, in_range(own["u_weak"]), padding, RUN)
         close_targets(own, "w", *weak, padding)
         partner = [values.flip(0) for values in weak]
-        strong = torch.cat([mixed_image(own, view, own[f"u_strong{view}"].flip(0)) for view in views])
+        strong = [mixed_image(own, view, own[f"u_strong{view}"].flip(0)) for view in views]
         if "bernoulli" in own:
-            factors = complementary_masks(own["bernoulli"].bool(), own["spared"].bool())
+            factors = first_view_factors(own["bernoulli"].bool(), own["spared"].bool())
             output = network(own["x_image"], strong, [factors] * 4)
         else:
-            output = network(own["x_image"], None, strong)
+            output = network(own["x_image"], None, *strong)
         logits = {name: upsample(values, padding.shape[-2:], True) for name, values in output.items()}
         keys = ("strong1", "strong2") if len(views) == 2 else ("strong",)
         threshold = float(g["conf_thresh"])
