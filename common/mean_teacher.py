@@ -13,9 +13,18 @@ def make_teacher(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """Set theta_T = decay * theta_T + (1 - decay) * theta_S for all parameters; buffers stay as they are."""
+def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, buffers: bool = False) -> None:
+    """Set theta_T = decay * theta_T + (1 - decay) * theta_S for all parameters.
+
+    Args:
+        teacher, student: Networks of the same architecture.
+        decay: Share that the teacher keeps.
+        buffers: Average floating-point buffers too and copy the others (UniMatch V2); by default the teacher keeps its
+            own batch-norm statistics.
+    """
     get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)
+    for own, other in zip(teacher.buffers(), student.buffers()) if buffers else ():
+        own.lerp_(other, 1 - decay) if own.is_floating_point() else own.copy_(other)
 
 
 def ema_decay(step: int, alpha: float) -> float:

@@ -63,6 +63,9 @@ SCRIPTS = {
     "memory_bank/train_less_memory.py": Small(BANK, blind={"refresh_batches": 0, "contrast_start": 9}),
     "prcl/train.py": Small(CONTRAST, blind={"mix_mode": "cutmix"}),
     "supervised/train.py": Small(),
+    "unimatch/train.py": Small(),
+    "unimatch/train_v2.py": Small({"alpha": 0.9}),
+    "unimatch/train_fixmatch.py": Small({"alpha": 0.9}),
 }
 
 

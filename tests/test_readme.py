@@ -22,8 +22,9 @@ from tests.conftest import SCRIPTS, method_flags
 from tests.helpers.commands import SMALL_MODEL, run_python, without_launcher
 
 ROOT = Path(__file__).parent.parent
-# The commands of docs/your_data.md go together: test_your_data.py runs them.
-PAGES = sorted({ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")} - {ROOT / "docs/your_data.md"})
+# The commands of these go together: test_your_data.py and test_add_a_paper.py run them.
+TOGETHER = {ROOT / "docs/your_data.md", ROOT / "docs/add_a_paper.md"}
+PAGES = sorted({ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")} - TOGETHER)
 SMALL_DATA = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--data.allow_overlap", "true"]
 SMALL_RUN = ["--optim.batch_size", "2", "--run.steps", "2", "--run.eval_every", "2", "--run.threads", "1"]
 
@@ -61,6 +62,7 @@ def project(tmp_path_factory) -> Path:
     write_cps_lists(folder / "data")
     write_orders(folder)
     write_published(folder)
+    write_unimatch_lists(folder)
     return folder
 
 
@@ -136,6 +138,17 @@ def write_cps_lists(data: Path) -> None:
         lists.mkdir(parents=True)
         for name, chosen in (("train_aug_labeled_1-8", lines[:6]), ("train_aug_unlabeled_1-8", lines[6:])):
             (lists / f"{name}.txt").write_text("\n".join(chosen) + "\n")
+
+
+def write_unimatch_lists(folder: Path) -> None:
+    """Lists as UniMatch published them, for the small data."""
+    voc, city = VOC(folder / "data/VOCdevkit/VOC2012"), Cityscapes(folder / "data/cityscapes")
+    for source, name in ((voc, "pascal/366"), (city, "cityscapes/1_8")):
+        lists, train = folder / "splits" / "unimatch" / name, source.names("train")
+        lists.mkdir(parents=True)
+        for file, names in (("labeled", train[:6]), ("unlabeled", train[6:]), ("../val", source.names("val"))):
+            lines = [f"/images/{one}.jpg /labels/{one}.png" for one in names]
+            (lists / f"{file}.txt").write_text("\n".join(lines) + "\n")
 
 
 def write_orders(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints in the formats of five repositories: evaluated, converted to runs, and used without the original."""
+"""Checkpoints in the formats of seven repositories: evaluated, converted to runs, and used without the original."""
 
 import importlib
 import json
@@ -18,10 +18,11 @@ from torch import Tensor
 from common.config.sections import ModelConfig
 from common.evaluation.cli import main_eval
 from common.evaluation.metainfo import read_metainfo
+from common.evaluation.networks import PaperNetworks
 from common.models import build_network
 from common.models.weights import UNREACHED, read_state
 from common.predict import main as predict_main
-from common.released.weights import CAC, CPS, MEMORY_BANK, PRCL_CSS
+from common.released.weights import CAC, CPS, MEMORY_BANK, PRCL_CSS, UNIMATCH, UNIMATCH_V2
 from memory_bank.eval import RELEASE
 from tests.conftest import ROOT
 
@@ -74,6 +75,10 @@ FORMATS = {
         "memory_bank", {"head": "v3plus_memory_bank"}, MEMORY_BANK,
         lambda state: {"iteration": 9, "model": state, "optimizer": {}}, ("projection_head.0.bias",),
     ),
+    "unimatch": ReleaseFormat(
+        "unimatch", {"head": "v3plus_unimatch", "stem": "deep"}, UNIMATCH,
+        lambda state: NOTHING | {"model": state, "previous_best": 70.0}, (), ("module.",),
+    ),
 }  # fmt: skip
 
 
@@ -88,7 +93,7 @@ def published(form: ReleaseFormat, networks: list[torch.nn.Module]) -> dict[str,
     for before, network in zip(form.before, networks):
         for key, value in network.state_dict().items():
             official, own = next((official, own) for official, own in form.names.items() if key.startswith(own))
-            if key == "decoder.0.weight":
+            if key == "decoder.0.weight" and form.names is not UNIMATCH:
                 value = torch.cat([value[:, 48:], value[:, :48]], dim=1)
             state[before + official + key.removeprefix(own)] = value
     return state | {head: torch.zeros(4) for head in form.heads}
@@ -191,6 +196,33 @@ def test_what_cannot_be_converted_is_reported(name, tmp_path, capsys):
     write_released(name, file)
     refused("is not empty", "-e", file, "--convert", tmp_path)
     assert "executed" not in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_files_of_unimatch_v2_hold_teacher_and_student(tmp_path):
+    model = ModelConfig(21, "vit_small_patch14_dinov2", head="dpt", pretrained=False)
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in build_network(model).state_dict().items()}
+    names = {own: official for official, own in UNIMATCH_V2.items()}
+    file = tmp_path / "best.pth"
+
+    def state(value: float) -> dict[str, Tensor]:
+        official = {}
+        for key, shape in shapes.items():
+            own = next(own for own in names if key.startswith(own))
+            official["module." + names[own] + key.removeprefix(own)] = torch.full(shape, value)
+        return official | {"module.backbone.mask_token": torch.zeros(1, 384)}
+
+    torch.save(NOTHING | {"model": state(1.0), "model_ema": state(2.0), "best_epoch_ema": 3}, file)
+    release = importlib.import_module("unimatch.released").RELEASE
+    networks = PaperNetworks(None, ("student", "teacher"), release)
+    for name, value in ((None, 2.0), ("teacher", 2.0), ("student", 1.0)):
+        read = networks.read(file, name)
+        assert read.keys() == shapes.keys()
+        assert all((values == value).all() for values in read.values())
+    assert "mask_token" in release.unused(file)
+    config, path = release.infer_config(importlib.import_module("unimatch.config").Config, file)
+    assert (config.model.backbone, config.model.head) == (model.backbone, "dpt")
+    assert path == "unimatch/configs/pascal_unimatch_v2_dinov2_base.json"
 
 
 def test_classifiers_that_are_never_reached_are_named(tmp_path):

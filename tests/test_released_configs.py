@@ -17,6 +17,7 @@ import css.train
 import memory_bank.config
 import prcl.released
 import prcl.train
+import unimatch.config
 from common.config import load_config, parse, to_dict
 from common.errors import UserError
 from common.released.configs import main_translate
@@ -519,3 +520,68 @@ def test_files_that_cannot_be_translated_are_reported(tmp_path, monkeypatch, cap
         main_translate("prcl", prcl.released.translate, ["original.yaml", *arguments])
     error = capsys.readouterr().err.split("error: ")[1]
     assert stop.value.code == 2 and re.match(message, error) and len(error.splitlines()) <= 2
+
+
+# ---- UniMatch
+
+UNIMATCH = """
+dataset: pascal
+nclass: 21
+crop_size: 321
+data_root: Your/Pascal/Path
+epochs: 80
+batch_size: 2 # per GPU
+lr: 0.001
+lr_multi: 10.0
+criterion: {name: CELoss, kwargs: {ignore_index: 255}}
+conf_thresh: 0.95
+backbone: resnet101
+replace_stride_with_dilation: [False, False, True]
+dilations: [6, 12, 18]
+"""
+UNIMATCH_V2_CITY = """
+dataset: cityscapes
+data_root: Your/Cityscapes/Path
+nclass: 19
+crop_size: 798
+epochs: 180
+batch_size: 2
+lr: 0.000005
+lr_multi: 40.0
+criterion: {name: OHEM, kwargs: {ignore_index: 255, thresh: 0.7, min_kept: 200000}}
+conf_thresh: 0.95
+model: dpt
+backbone: dinov2_small
+lock_backbone: False
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "script", "name"),
+    [
+        (UNIMATCH, "unimatch/train.py", "pascal_unimatch_resnet101"),
+        (UNIMATCH_V2_CITY, "unimatch/train_v2.py", "cityscapes_unimatch_v2_dinov2_small"),
+    ],
+)
+def test_files_of_unimatch_are_our_configs(tmp_path, text, script, name):
+    config_class = unimatch.config.Config
+    ours = config_values(config_class, f"unimatch/configs/{name}.json", model__rates=None)
+    theirs = parsed(config_class, script, yaml_file(tmp_path, text))
+    theirs["model"]["rates"] = None  # stated in the release, and the default of the stride here
+    assert theirs == ours
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resnet101": "xception"}, "backbone is 'xception'; the release supports resnet50"),
+        ({"[False, False, True]": "[False, True, True]"}, "output stride 16, is supported"),
+        ({"lr: 0.001": "lr: fast"}, "both must be numbers above 0"),
+        ({"ignore_index: 255": "ignore_index: 0"}, "support only 255"),
+        ({"batch_size: 2": "batch_size: 0"}, "whole number above 0"),
+        ({"dataset: pascal": "dataset: coco"}, "dataset is 'coco'"),
+    ],
+)
+def test_files_of_unimatch_that_cannot_be_followed_are_refused(tmp_path, change, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(unimatch.config.Config, "unimatch/train.py", yaml_file(tmp_path, UNIMATCH, change))

@@ -1,4 +1,4 @@
-"""Color jitter and blur."""
+"""Color jitter, grayscale and blur."""
 
 import math
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ class PhotometricRanges:
         jitter_probability: Probability of the color jitter.
         brightness, contrast, saturation: Smallest and largest factor; 1 = unchanged.
         hue: Smallest and largest change, in turns of the color circle; 0 = unchanged.
+        gray_probability: Probability of the conversion to gray; 0 draws nothing for it.
         blur_probability: Probability of the blur.
         blur_sigma: Smallest and largest standard deviation of the blur, pixels.
     """
@@ -27,6 +28,7 @@ class PhotometricRanges:
     contrast: tuple[float, float] = (0.75, 1.25)
     saturation: tuple[float, float] = (0.75, 1.25)
     hue: tuple[float, float] = (-0.25, 0.25)
+    gray_probability: float = 0.0
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.15, 1.15)
 
@@ -38,10 +40,12 @@ class Photometric:
     Attributes:
         jitter: (name, amount) of the changes, in the order in which they are made; empty for none.
         blur_sigma: Standard deviation of the blur that follows, pixels; None for no blur.
+        gray: Convert to gray between the two.
     """
 
     jitter: tuple[tuple[str, float], ...] = ()
     blur_sigma: float | None = None
+    gray: bool = False
 
 
 def draw_photometric(rng: Generator, ranges: PhotometricRanges = PhotometricRanges()) -> Photometric:
@@ -53,20 +57,24 @@ def draw_photometric(rng: Generator, ranges: PhotometricRanges = PhotometricRang
     amounts = [(name, float(rng.uniform(*getattr(ranges, name)))) for name in _COLOR_CHANGES]
     jitter = tuple(amounts[i] for i in rng.permutation(len(amounts)))
     sigma = float(rng.uniform(*ranges.blur_sigma))
+    gray = ranges.gray_probability > 0 and bool(rng.random() < ranges.gray_probability)
     return Photometric(
         jitter if jitter_chance < ranges.jitter_probability else (),
         sigma if blur_chance < ranges.blur_probability else None,
+        gray,
     )
 
 
 def apply_photometric(image: Tensor, photometric: Photometric) -> Tensor:
-    """Jitter, then blur `image` [3,H,W], uint8 or float in [0, 1]; `image` is not changed."""
-    if not photometric.jitter and photometric.blur_sigma is None:
+    """Jitter, convert to gray and blur `image` [3,H,W], uint8 or float in [0, 1]; `image` is not changed."""
+    if not photometric.jitter and not photometric.gray and photometric.blur_sigma is None:
         return image
     # uint8 is converted to float, on which color changes are faster and only one rounding is needed.
     result = image / 255 if image.dtype == torch.uint8 else image
     for name, amount in photometric.jitter:
         result = _COLOR_CHANGES[name](result, amount)
+    if photometric.gray:
+        result = functional.rgb_to_grayscale(result, num_output_channels=3)
     if photometric.blur_sigma is not None:
         result = _blur(result, photometric.blur_sigma)
     return (result * 255).round_().to(torch.uint8) if image.dtype == torch.uint8 else result

@@ -1,12 +1,14 @@
 """Inference from images to class probabilities: whole image or sliding window, several scales, flip.
 
-Logits, not probabilities, are summed over windows, scales and flips, as CPS and CPCL evaluate (CPCL section 5).
+Logits are summed over windows, scales and flips, as CPS and CPCL evaluate (CPCL section 5), or probabilities, as
+UniMatch does.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.images import normalize
+from common.models.encoders import resize_to_multiple
 
 WINDOWS_AT_ONCE = 8
 
@@ -26,9 +29,11 @@ class Protocol:
         crop: Height and width of the sliding window, in pixels of the scaled image; None for the whole image at once.
         scales: Factors the image is resized by before the network sees it.
         flip: Also predict the mirrored image.
-        multiple: Number of pixels of which the sides of a whole image become multiples, by reflecting it at its bottom
-            and right.
+        multiple: Number of pixels of which the sides of a whole image become multiples.
         reduce: Factor by which images are made smaller first, as in training.
+        fit: Way to the multiples: `pad` reflects the image at its bottom and right; `resize` takes the nearest multiple
+            for each side and resizes image and logits with aligned corners (UniMatch V2).
+        summed: Scores that are summed over windows, scales and flips.
 
     Raises:
         UserError: a scale or a side of the window is not above 0.
@@ -39,6 +44,8 @@ class Protocol:
     flip: bool = False
     multiple: int = 1
     reduce: int = 1
+    fit: Literal["pad", "resize"] = "pad"
+    summed: Literal["logits", "probabilities"] = "logits"
 
     def __post_init__(self) -> None:
         if not self.scales or not all(math.isfinite(scale) and scale > 0 for scale in self.scales):
@@ -48,13 +55,15 @@ class Protocol:
 
     def describe(self) -> str:
         """Describe the protocol in one line, e.g. `sliding window 512x512 stride 342x342, scales 0.5 1, flip`."""
-        area = "whole image" + (f" padded to multiples of {self.multiple}" if self.multiple > 1 else "")
+        fitted = "padded to" if self.fit == "pad" else "resized to the nearest"
+        area = "whole image" + (f" {fitted} multiples of {self.multiple}" if self.multiple > 1 else "")
         if self.crop is not None:
             strides = [_stride(side) for side in self.crop]
             area = f"sliding window {self.crop[0]}x{self.crop[1]} stride {strides[0]}x{strides[1]}"
         area += f" at 1/{self.reduce} of its size" if self.reduce > 1 else ""
         scales = ("scale " if len(self.scales) == 1 else "scales ") + " ".join(f"{scale:g}" for scale in self.scales)
-        return f"{area}, {scales}, {'flip' if self.flip else 'no flip'}"
+        summed = ", probabilities summed" if self.summed == "probabilities" else ""
+        return f"{area}, {scales}, {'flip' if self.flip else 'no flip'}{summed}"
 
 
 class MeanOfNetworks(nn.Module):
@@ -85,10 +94,10 @@ def predict(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: 
         protocol: Window, scales and flip.
 
     Returns:
-        probability [B,C,*size]: softmax of the mean logits.
+        probability [B,C,*size]: softmax of the mean logits, or the mean of the probabilities if those are summed.
     """
     total, passes = sum_logits(network, image, size, protocol)
-    return (total / passes).softmax(1)
+    return total / passes if protocol.summed == "probabilities" else (total / passes).softmax(1)
 
 
 @torch.no_grad()
@@ -99,7 +108,8 @@ def sum_logits(
 
     Returns:
         The sum [B,C,*size], and the number of passes in each pixel's sum [*size] (fractions where window borders were
-        resized). Sums are not divided by the overlap of windows before scales are added.
+        resized). Sums are not divided by the overlap of windows before scales are added. With
+        `protocol.summed == "probabilities"` the sum is that of the softmax.
     """
     accumulate = _whole if protocol.crop is None else _slide
     if protocol.reduce > 1:
@@ -128,14 +138,17 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
 def _whole(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: Protocol) -> tuple[Tensor, Tensor]:
     image = normalize(image)
     if protocol.multiple == 1:
-        logits = _forward(network, image, size, protocol.flip)
+        logits = _forward(network, image, size, protocol)
+    elif protocol.fit == "resize":
+        fitted = resize_to_multiple(image, protocol.multiple)
+        logits = _resized(_forward(network, fitted, fitted.shape[-2:], protocol), size, True)
     else:
         height, width = image.shape[-2:]
         margins = (0, -width % protocol.multiple, 0, -height % protocol.multiple)
         # A side that is not longer than its margin cannot be reflected.
         mode = "reflect" if margins[1] < width and margins[3] < height else "replicate"
         padded = F.pad(image, margins, mode=mode)
-        logits = _forward(network, padded, padded.shape[-2:], protocol.flip)
+        logits = _forward(network, padded, padded.shape[-2:], protocol)
         # Not a slice: `torch.export` cannot follow strides that depend on the padding.
         for dim, side in ((-2, height), (-1, width)):
             logits = logits.index_select(dim, torch.arange(side, device=logits.device))
@@ -158,7 +171,7 @@ def _slide(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: P
     for start in range(0, len(windows), WINDOWS_AT_ONCE):
         part = windows[start : start + WINDOWS_AT_ONCE]
         stack = torch.stack([padded[b, :, y : y + crop[0], x : x + crop[1]] for b, y, x in part])
-        logits = _forward(network, stack, crop, protocol.flip)
+        logits = _forward(network, stack, crop, protocol)
         if total is None:
             total = logits.new_zeros(len(image), logits.shape[1], *padded.shape[-2:])
         for (b, y, x), window in zip(part, logits):
@@ -170,12 +183,17 @@ def _slide(network: nn.Module, image: Tensor, size: tuple[int, int], protocol: P
     return _resized(total[inside], size, False), _resized(passes[inside][None, None], size, False)[0, 0]
 
 
-def _forward(network: nn.Module, image: Tensor, size: tuple[int, int], flip: bool) -> Tensor:
-    """Compute logits of normalized images at `size`; with `flip`, add those of the mirrored images."""
+def _forward(network: nn.Module, image: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor:
+    """Compute the scores of normalized images at `size`; with `flip`, add those of the mirrored images."""
+    scores = _scores(network, image, size, protocol)
+    if protocol.flip:
+        scores = scores + _scores(network, image.flip(-1), size, protocol).flip(-1)
+    return scores
+
+
+def _scores(network: nn.Module, image: Tensor, size: Sequence[int], protocol: Protocol) -> Tensor:
     logits = _resized(network(image), size, network.align_corners)
-    if flip:
-        logits = logits + _resized(network(image.flip(-1)), size, network.align_corners).flip(-1)
-    return logits
+    return logits.softmax(1) if protocol.summed == "probabilities" else logits
 
 
 def _scaled(image: Tensor, scale: float) -> Tensor:
@@ -194,7 +212,7 @@ def _scaled(image: Tensor, scale: float) -> Tensor:
     return resized if image.is_floating_point() else (resized + 0.5).to(image.dtype)
 
 
-def _resized(scores: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+def _resized(scores: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     scores = scores.float()  # in half precision sums over windows would lose digits
     if scores.shape[-2:] == tuple(size):
         return scores

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.evaluation.inference import MeanOfNetworks
 from common.evaluation.released_checkpoints import Release, has_project_keys
 from common.models import build_network
-from common.models.weights import STATE_ENTRIES, load_state, read_state
+from common.models.weights import STATE_ENTRIES, load_state, read_file, read_state
 
 State = dict[str, Tensor]
 
@@ -67,6 +67,9 @@ class PaperNetworks:
             return state
         if any(_read_extra(file, other) for other in self.roles):
             return read_state(file)  # the evaluated network itself, as its counterpart stands beside it
+        entry = self.release.role_entries.get(role) if self.release else None
+        if entry and file.suffix != ".safetensors" and entry in read_file(file):
+            return self.release.convert(read_state(file, (entry,)), file)
         raise UserError(f"{file} does not hold student and teacher; evaluate it without --network")
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of the papers' own repositories: recognize the network, convert its keys, write it as a run folder."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Release:
         heads: Key prefixes of weights that the evaluated network does not have.
         config_in: Function that reads the config stored in a checkpoint, for repositories that store it.
         translate: Translation of the repository's config files.
+        role_entries: Entry of a role, for repositories whose files hold `student` and `teacher`.
     """
 
     convert_keys: Callable[[State, int], State]
@@ -44,6 +45,7 @@ class Release:
     heads: tuple[str, ...] = ()
     config_in: Callable[[Path], Translation | None] | None = None
     translate: Translate | None = None
+    role_entries: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, file: Path, number: int = 1) -> State:
         """Read the weights of network 1 or 2, with this project's keys.
@@ -99,7 +101,7 @@ class Release:
 
 def has_project_keys(state: Mapping[str, Tensor]) -> bool:
     """True for weights with the keys of this project's networks."""
-    return any(key.startswith(("encoder.conv1.", "low.")) for key in state)
+    return any(key.startswith(("encoder.conv1.", "encoder.body.", "low.")) for key in state)
 
 
 def convert_checkpoint(

@@ -72,6 +72,49 @@ MEMORY_BANK = (
     }
 )
 MEMORY_BANK_HEADS = ("projection_head.", "prediction_head.", "contrastive_class_selector_")
+# The same for UniMatch, and for UniMatch V2's DINOv2 and DPT.
+UNIMATCH = (
+    {"backbone.": "encoder."}
+    | {f"head.b{i}.": f"aspp.branches.{i}." for i in range(4)}
+    | {
+        "head.b4.gap.": "aspp.pooled.",
+        "head.project.": "aspp.project.",
+        "reduce.": "low.",
+        "fuse.": "decoder.",
+        "classifier.": "classifier.",
+    }
+)
+UNIMATCH_V2 = (
+    {"backbone.": "encoder.body.", "head.projects.": "decoder.projects.", "head.resize_layers.": "decoder.resizes."}
+    | {f"head.scratch.layer{i + 1}_rn.": f"decoder.layers.{i}." for i in range(4)}
+    | {
+        f"head.scratch.refinenet{i + 1}.{official}.": f"decoder.fusions.{i}.{name}."
+        for i in range(4)
+        for official, name in (("resConfUnit1", "skip_unit"), ("resConfUnit2", "unit"), ("out_conv", "out"))
+    }
+    | {"head.scratch.output_conv.": "classifier."}
+)
+# Weights that no forward of the released network reaches.
+UNIMATCH_V2_UNUSED = ("backbone.mask_token", "head.scratch.refinenet4.resConfUnit1.")
+
+
+def segmenter_from_unimatch(state: Mapping[str, Tensor], network: int = 1) -> dict[str, Tensor]:
+    """Convert a published network of UniMatch (to `v3plus_unimatch`) or UniMatch V2 (to `dpt` on DINOv2).
+
+    Args:
+        state: Keys `backbone.conv1.0.weight`, ..., or `backbone.cls_token`, ..., with or without `module.` before them.
+        network: Unused: an entry of a file holds one network.
+
+    Raises:
+        UserError: keys of another network.
+    """
+    state = without_wrapper(state)
+    if "backbone.cls_token" not in state:
+        return _rename(state, UNIMATCH)
+    own = {key: value for key, value in state.items() if not key.startswith(UNIMATCH_V2_UNUSED)}
+    # The giant's gated MLP, whose layers timm names as those of the others.
+    own = {key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): own[key] for key in own}
+    return _rename(own, UNIMATCH_V2)
 
 
 def deeplab_from_prcl_css(state: Mapping[str, Tensor], network: int = 1) -> dict[str, Tensor]:

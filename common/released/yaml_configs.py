@@ -48,6 +48,17 @@ def read_released_yaml(text: str) -> Settings | None:
     Raises:
         UserError: not YAML, a Python tag other than the tuple's, or an alias.
     """
+    flat = load_plain_yaml(text)
+    top = {key.split(".")[0] for key in flat or ()}
+    return flat if {"Network", "Dataset", "Training_Setting"} <= top else None
+
+
+def load_plain_yaml(text: str) -> Settings | None:
+    """Read a YAML mapping to dotted keys; None if `text` is JSON or no mapping.
+
+    Raises:
+        UserError: not YAML, a Python tag other than the tuple's, or an alias.
+    """
     if text.lstrip().startswith("{"):  # JSON, of this project
         return None
     try:
@@ -58,9 +69,7 @@ def read_released_yaml(text: str) -> Settings | None:
         raise UserError(f"neither JSON nor YAML: {line}{getattr(error, 'problem', None) or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"neither JSON nor YAML: {error}") from None
-    if not isinstance(values, dict) or not {"Network", "Dataset", "Training_Setting"} <= set(values):
-        return None
-    return flatten(values)
+    return flatten(values) if isinstance(values, dict) else None
 
 
 def batch_size(flat: Settings, processes: int) -> Settings:

@@ -27,7 +27,8 @@ def record(folder: Path) -> None:
     def given(network, inputs) -> None:
         if network.training:
             # Some networks are given their images by name, and nothing in place of labels at first.
-            leaves = [values.values() if isinstance(values, dict) else [values] for values in inputs]
+            leaves = [values.values() if isinstance(values, dict) else values for values in inputs]
+            leaves = [[values] if values is None or torch.is_tensor(values) else values for values in leaves]
             seen["inputs"].append([tensor.clone() for tensors in leaves for tensor in tensors if tensor is not None])
 
     def prepare(run: Run, network, optimizer):

@@ -173,7 +173,7 @@ def catch_stages(segmenter: nn.Module) -> Caught:
 
 
 def fill(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Draw weights by the rule of the PRCL and CSS goldens, seeded by the rank of the sorted key."""
+    """Draw weights by the rule of the PRCL, CSS and UniMatch goldens, seeded by the rank of the sorted key."""
     return {key: _fill_one(index, key, tuple(shapes[key])) for index, key in enumerate(sorted(shapes))}
 
 
@@ -181,7 +181,9 @@ def _fill_one(index: int, key: str, shape: tuple[int, ...]) -> Tensor:
     if key.endswith("num_batches_tracked"):
         return torch.zeros((), dtype=torch.int64)
     noise = np.random.RandomState(index).standard_normal(shape)
-    if len(shape) >= 2:
+    if key.endswith(("pos_embed", "cls_token")):
+        value = 0.5 * noise
+    elif len(shape) >= 2:
         value = noise * math.sqrt(1 / math.prod(shape[1:]))
     elif key.endswith("running_var"):
         value = 1 + np.abs(0.02 * noise)
