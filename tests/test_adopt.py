@@ -21,7 +21,7 @@ from splits.record import RECORD, Splits, as_text, record_of
 ROOT = Path(__file__).parent.parent
 VOC = [f"2007_{number:06d}" for number in range(12)]
 CITY = [f"aachen_{number:06d}_000019_leftImg8bit" for number in range(12)]
-CONFIGS = sorted(path for path in ROOT.glob("*/configs/*.json") if path.stem != "demo")
+CONFIGS = sorted(path for path in ROOT.glob("*/configs/*.json") if not path.stem.startswith("demo"))
 
 
 def write(path: Path, lines: list[str]) -> None:

@@ -142,8 +142,9 @@ def test_demos_give_no_sign_at_the_start(script, demo_data, monkeypatch, capsys)
     examined = Run.examine
     monkeypatch.setattr(Run, "examine", examine)
     monkeypatch.chdir(demo_data)
+    demo = "demo_v2.json" if script == "unimatch/train_v2.py" else "demo.json"
     with pytest.raises(Examined):
-        train(script, ["--config", str(ROOT / script.split("/")[0] / "configs" / "demo.json"), "--run.device", "cpu"])
+        train(script, ["--config", str(ROOT / script.split("/")[0] / "configs" / demo), "--run.device", "cpu"])
     assert "warning" not in capsys.readouterr().out
 
 
