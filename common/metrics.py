@@ -29,6 +29,22 @@ class Scores:
         return torch.tensor(self.per_class_iou[1:], dtype=torch.float64).nanmean().item()
 
 
+def count_ids(ids: Tensor, size: int) -> Tensor:
+    """Count how often each of the ids 0..size-1 occurs, without synchronizing with the device; larger ids are dropped.
+
+    Args:
+        ids: int64 of any shape, not negative.
+        size: Number of counts.
+
+    Returns:
+        int64 [size].
+    """
+    flat = ids.flatten().clamp(max=size)
+    # Not bincount: it reads the largest value from the device, which synchronizes.
+    counts = torch.zeros(size + 1, dtype=torch.int64, device=flat.device)
+    return counts.scatter_add_(0, flat, flat.new_ones(1).expand_as(flat))[:size]
+
+
 class ConfusionMatrix:
     """Counts pixels by label (row) and prediction (column).
 
@@ -52,10 +68,7 @@ class ConfusionMatrix:
         counted = (label >= 0) & (label < self.num_classes)
         # Ignored pixels go to an extra bin, which is dropped: selecting the others would need their number on the host.
         cell = torch.where(counted, label * self.num_classes + prediction, self.num_classes**2)
-        counts = self.matrix.new_zeros(self.num_classes**2 + 1)
-        # Not bincount: it reads the largest value from the device, which synchronizes.
-        counts.scatter_add_(0, cell, counted.new_ones(1, dtype=torch.int64).expand_as(cell))
-        self.matrix += counts[:-1].view_as(self.matrix)
+        self.matrix += count_ids(cell, self.num_classes**2).view_as(self.matrix)
 
     def scores(self) -> Scores:
         """Compute the scores of all pixels counted so far."""

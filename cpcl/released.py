@@ -245,7 +245,7 @@ def _crop(key: str, flat: Settings) -> Settings:
 
 
 def _pretrained(key: str, flat: Settings) -> Settings:
-    """Use the file if it exists; the placeholder of the release stands for ImageNet weights."""
+    """Use the file if it exists; any other path, as the release has one, means ImageNet weights."""
     path: Any = flat[key]
     return {"model.pretrained": path if Path(str(path)).is_file() else True}
 

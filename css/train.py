@@ -118,12 +118,11 @@ class Method:
     mix_mode: Literal["none", "cutout", "cutmix", "classmix"] = "cutmix"
     scale_range: tuple[Scale, Scale] = (0.5, 1.5)
     embedding_dim: Size = 256
+    labels_only: bool = False
 
     def __post_init__(self) -> None:
         if self.similarity_temp is None:
             self.similarity_temp = 0.1 if self.pseudo_label == "cross" else 0.25
-
-    labels_only: bool = False
 
 
 @dataclass

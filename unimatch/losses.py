@@ -29,12 +29,6 @@ def consistency_loss(logits: Tensor, pseudo_label: Tensor, confidence: Tensor, t
     return (loss * (confidence >= threshold)).sum() / (pseudo_label != IGNORE).sum().clamp(min=1)
 
 
-def confident_share(pseudo_label: Tensor, confidence: Tensor, threshold: float) -> Tensor:
-    """Share [] of confident pixels among those that are not padding (`mask_ratio` of the release)."""
-    valid = pseudo_label != IGNORE
-    return ((confidence >= threshold) & valid).sum() / valid.sum().clamp(min=1)
-
-
 def unimatch_loss(supervised: Tensor, strong1: Tensor, strong2: Tensor, perturbed: Tensor) -> Tensor:
     """Loss of UniMatch: half from labels; of the rest a quarter from each strong view, half from dropped features."""
     return (supervised + 0.25 * strong1 + 0.25 * strong2 + 0.5 * perturbed) / 2

@@ -8,29 +8,26 @@ The weakly augmented image labels its strongly augmented, mixed version: by the 
 repository, or by a mean teacher (`method.alpha`), as in that of UniMatch V2. See unimatch/README.md.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from common import IGNORE
 from common.config.lengths import decay_of
 from common.config.sections import ModelConfig
 from common.engine.run import Run
 from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
-from common.evaluation.inference import evaluation_mode
 from common.images import normalize
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import label_and_confidence, supervised_loss, upsample
+from common.losses import supervised_loss, upsample
 from common.mean_teacher import ema_decay, make_teacher, update_teacher
 from common.models import build_network
 from common.optim import build_optimizer, poly, set_lr
 from unimatch.augment import LongSideCrop, mix_maps, partners, strong_views
 from unimatch.config import Config, hard_pixels, protocol_of, steps_per_epoch
-from unimatch.losses import confident_share, consistency_loss, fixmatch_loss
+from unimatch.losses import consistency_loss, fixmatch_loss
+from unimatch.pseudo_labels import pseudo_labels, targets
 from unimatch.released import translate
 
 
@@ -62,27 +59,6 @@ class FixMatchNetwork(nn.Module):
             return dict(zip(("labeled", "strong"), self.segmenter(torch.cat([labeled, strong])).chunk(2)))
         output = dict(zip(("labeled", "weak"), self.segmenter(torch.cat([labeled, weak])).chunk(2)))
         return output | {"strong": self.segmenter(strong)}
-
-
-@torch.no_grad()
-def pseudo_labels(network: nn.Module, image: Tensor, padding: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-    """Classes [B,H,W], 255 in the padding, and confidences [B,H,W] of the network in evaluation mode.
-
-    Args:
-        network: The segmenter, not wrapped.
-        image: [B,3,H,W], in [0,1].
-        padding: [B,H,W], 255 where the crop is padded.
-    """
-    with evaluation_mode(network), run.autocast():
-        logits = network(normalize(image))
-    return targets(logits, padding, network.align_corners)
-
-
-@torch.no_grad()
-def targets(logits: Tensor, padding: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
-    """Classes [B,H,W], 255 where `padding` [B,H,W] is 255, and confidences [B,H,W] of logits [B,C,h,w]."""
-    label, confidence = label_and_confidence(upsample(logits, padding.shape[-2:], align_corners))
-    return label.masked_fill(padding == IGNORE, IGNORE), confidence
 
 
 @report_errors
@@ -124,7 +100,6 @@ def train(config: Config, run: Run) -> None:
     labeled_batches = StepBatches(labeled_images, run)
     unlabeled_batches = None if method.labels_only else StepBatches(unlabeled_images, run)
 
-    watched: dict[str, Any] = {}
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
         for _ in run.accumulate(wrapped):
@@ -164,7 +139,6 @@ def train(config: Config, run: Run) -> None:
                 )
                 loss = fixmatch_loss(supervised, strong)
                 losses = {"loss": loss, "loss_supervised": supervised, "loss_strong": strong}
-                watched = {"confident": confident_share(*weak, method.conf_thresh)}
                 run.signs.count_pseudo_labels(weak[0], weak[1] >= method.conf_thresh)
                 run.signs.count_predictions(output["labeled"], label)
             with record_function("backward"):
@@ -178,7 +152,7 @@ def train(config: Config, run: Run) -> None:
                     update_teacher(teacher, network.segmenter, ema_decay(step, decay), buffers=True)
 
         run.finish_step(
-            losses | watched | {"lr": optimizer.param_groups[0]["lr"]},
+            losses | {"lr": optimizer.param_groups[0]["lr"]},
             images=(1 if method.labels_only else 2) * optim.batch_size,
         )
         if run.evaluation_due:

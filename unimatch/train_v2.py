@@ -9,14 +9,12 @@ from the released code, hardware and results.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from common import IGNORE
 from common.config.lengths import decay_of
 from common.config.sections import ModelConfig
 from common.engine.run import Run
@@ -25,7 +23,7 @@ from common.errors import UserError, report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
 from common.images import normalize, to_device
 from common.loaders import Batch, StepBatches, TrainingImages, open_data
-from common.losses import label_and_confidence, supervised_loss, upsample
+from common.losses import supervised_loss, upsample
 from common.mean_teacher import ema_decay, make_teacher, update_teacher
 from common.models import build_network
 from common.models.deeplab import tap_channels
@@ -34,7 +32,6 @@ from common.seeding import generators
 from unimatch.augment import LongSideCrop, mix_maps, partners, strong_views
 from unimatch.config import Config, hard_pixels, protocol_of, steps_per_epoch
 from unimatch.losses import (
-    confident_share,
     consistency_loss,
     draw_kept,
     draw_spared,
@@ -43,6 +40,7 @@ from unimatch.losses import (
     unimatch_v2_loss,
     with_complement,
 )
+from unimatch.pseudo_labels import pseudo_labels
 from unimatch.released import translate
 
 
@@ -79,36 +77,33 @@ class UniMatchV2Network(nn.Module):
         return output
 
 
-@torch.no_grad()
-def pseudo_labels(teacher: nn.Module, image: Tensor, padding: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-    """Classes [B,H,W], 255 in the padding, and confidences [B,H,W] of the teacher, which is in evaluation mode.
+def shares_channels(network: UniMatchV2Network, config: Config) -> bool:
+    """True if one draw of channels serves all taps.
 
-    Args:
-        teacher: The mean teacher.
-        image: [B,3,H,W], in [0,1].
-        padding: [B,H,W], 255 where the crop is padded.
+    Raises:
+        UserError: the config asks for it, but the taps differ in width.
     """
-    with run.autocast():
-        logits = teacher(normalize(image))
-    label, confidence = label_and_confidence(upsample(logits, padding.shape[-2:], teacher.align_corners))
-    return label.masked_fill(padding == IGNORE, IGNORE), confidence
-
-
-def dropout_factors(positions: Sequence[int], network: UniMatchV2Network, config: Config, run: Run) -> list[Tensor]:
-    """Factors [B,C] of complementary dropout in the first view, for each tap.
-
-    Args:
-        positions: Position of each image in the run, from which its random numbers follow.
-    """
-    channels, method = tap_channels(network.segmenter.encoder), config.method
-    shared = method.comp_drop == "shared" or (method.comp_drop is None and len(set(channels)) == 1)
-    if shared and len(set(channels)) > 1:
+    channels, comp_drop = tap_channels(network.segmenter.encoder), config.method.comp_drop
+    if comp_drop == "shared" and len(set(channels)) > 1:
         raise UserError(
             f"method.comp_drop shared needs taps of one width, but {config.model.backbone} has "
             f"{', '.join(map(str, channels))} channels: set it to per_level"
         )
+    return comp_drop != "per_level" and len(set(channels)) == 1
+
+
+def dropout_factors(
+    positions: Sequence[int], channels: Sequence[int], shared: bool, config: Config, run: Run
+) -> list[Tensor]:
+    """Factors [B,C] of complementary dropout in the first view, for each tap.
+
+    Args:
+        positions: Position of each image in the run, from which its random numbers follow.
+        channels: Channels of the taps.
+        shared: Use one draw for all taps.
+    """
     rngs = generators(config.run.seed, "dropped channels", positions)
-    spared = draw_spared(config.run.seed, positions, len(positions) * run.processes, method.spare)
+    spared = draw_spared(config.run.seed, positions, len(positions) * run.processes, config.method.spare)
     spared = to_device(np.array(spared), run.device)
     kept = draw_kept(rngs, channels[:1] if shared else channels, run.device)
     masks = [first_view_factors(one, spared) for one in kept]
@@ -138,6 +133,7 @@ def train(config: Config, run: Run) -> None:
 
     decay = decay_of(method.alpha, run.total)
     network = UniMatchV2Network(config.model)
+    channels, shared = tap_channels(network.segmenter.encoder), shares_channels(network, config)
     teacher = run.to_device(make_teacher(network.segmenter)).eval()
     wrapped, optimizer = run.prepare(network, build_optimizer(optim, network))
     ohem, protocol = hard_pixels(method), protocol_of(config)
@@ -154,7 +150,6 @@ def train(config: Config, run: Run) -> None:
     labeled_batches = StepBatches(labeled_images, run)
     unlabeled_batches = None if method.labels_only else StepBatches(unlabeled_images, run)
 
-    watched: dict[str, Any] = {}
     for step in run.steps():
         set_lr(optimizer, poly(step, run.total, optim.poly_power))
         for _ in run.accumulate(wrapped):
@@ -179,7 +174,7 @@ def train(config: Config, run: Run) -> None:
             with record_function("augmentation"):
                 views = strong_views(weak_image, unlabeled.positions, config.run.seed, count=2)
                 mixed = [mix_maps([image], partners(run, image), mask)[0] for image, mask in views]
-                factors = dropout_factors(unlabeled.positions, network, config, run)
+                factors = dropout_factors(unlabeled.positions, channels, shared, config, run)
             with record_function("student"):
                 output = wrapped(normalize(labeled.image), [normalize(one) for one in mixed], factors)
             with record_function("losses"):
@@ -195,7 +190,6 @@ def train(config: Config, run: Run) -> None:
                 ]
                 loss = unimatch_v2_loss(supervised, *strong)
                 losses = {"loss": loss, "loss_supervised": supervised, "loss_strong": sum(strong) / 2}
-                watched = {"confident": confident_share(*weak, method.conf_thresh)}
                 run.signs.count_pseudo_labels(weak[0], weak[1] >= method.conf_thresh)
                 run.signs.count_predictions(output["labeled"], label)
             with record_function("backward"):
@@ -208,7 +202,7 @@ def train(config: Config, run: Run) -> None:
                 update_teacher(teacher, network.segmenter, ema_decay(step, decay), buffers=True)
 
         run.finish_step(
-            losses | watched | {"lr": optimizer.param_groups[0]["lr"]},
+            losses | {"lr": optimizer.param_groups[0]["lr"]},
             images=(1 if method.labels_only else 2) * optim.batch_size,
         )
         if run.evaluation_due:

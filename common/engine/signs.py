@@ -20,6 +20,7 @@ from common.config.lengths import Decay, Steps, decay_of, in_steps
 from common.datasets.reader import Reader
 from common.engine.log import RunLog
 from common.errors import UserError
+from common.metrics import count_ids
 from common.models.deeplab import RATES
 from common.splits.split import Split, classes_in
 
@@ -143,10 +144,10 @@ class Signs(nn.Module):
             pseudo_label: int64 of any shape, e.g. [B,H,W]; 255 is not counted.
             confident: bool of the same shape, True where the paper's threshold is passed; None for papers without one.
         """
-        self._add(0, pseudo_label)
+        self.counts[0] += count_ids(pseudo_label, len(self._names))
         if confident is not None:
             self._has_threshold = True
-            self._add(1, torch.where(confident, pseudo_label, IGNORE))
+            self.counts[1] += count_ids(torch.where(confident, pseudo_label, IGNORE), len(self._names))
 
     @torch.no_grad()
     def count_predictions(self, logits: Tensor, label: Tensor) -> None:
@@ -156,8 +157,8 @@ class Signs(nn.Module):
             logits: [B,C,h,w].
             label: int64 [B,H,W].
         """
-        self._add(2, label)
-        self._add(3, logits.detach().argmax(1))
+        self.counts[2] += count_ids(label, len(self._names))
+        self.counts[3] += count_ids(logits.detach().argmax(1), len(self._names))
 
     def read(self, step: int) -> dict[str, float]:
         """Return the shares since the last call, by their keys in metrics.jsonl, and warn of what they show.
@@ -231,15 +232,6 @@ class Signs(nn.Module):
         if sign not in self._warned:
             self._warned.add(sign)
             self._log.print(f"warning: {text}")
-
-    def _add(self, row: int, label: Tensor) -> None:
-        """Count class ids of any shape; ids that are not classes are passed over."""
-        classes = self.counts.shape[1]
-        flat = label.flatten()
-        # Not bincount, which waits for the device to learn the size of its result.
-        bins = torch.zeros(classes + 1, dtype=torch.int64, device=flat.device)
-        bins.scatter_add_(0, flat.clamp(max=classes), torch.ones_like(flat))
-        self.counts[row] += bins[:classes]
 
 
 def _unreached(section: Any, total: int, skipped: Collection[str], prefix: str = "") -> Iterator[str]:

@@ -151,7 +151,6 @@ class Encoder(nn.Module):
         super().__init__()
         self.body, self.info, self.taps = body, info, tuple(taps)
         self.channels = (info.channels * len(self.taps)) if info.is_plain else tuple(info.channels[i] for i in taps)
-        self.strides = (info.strides * len(self.taps)) if info.is_plain else tuple(info.strides[i] for i in taps)
         self.channels_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
         if dinov2_positions:
             use_dinov2_positions(body, info.name)

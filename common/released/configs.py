@@ -144,7 +144,7 @@ def choice(flat: Settings, key: str, known: Mapping[str, Any]) -> Any:
 
 
 def root_of(given: Any, default: str) -> str:
-    """Find a data tree in the folder that the released file names; `default` if there is none (often a placeholder)."""
+    """Find a data tree in the folder that the released file names; `default` if there is none."""
     folder = Path(str(given))
     candidates = [folder / "VOCdevkit" / "VOC2012", folder / "VOC2012", folder]
     return next((str(path) for path in candidates if any((path / top).is_dir() for top in TREES)), default)

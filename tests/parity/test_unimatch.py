@@ -40,6 +40,7 @@ from common.augment import Photometric, apply_photometric, draw_photometric
 from common.augment.geometry import nearest_crop
 from common.augment.mixing import box_mask
 from common.config.sections import ModelConfig, OptimConfig
+from common.engine.signs import Signs
 from common.evaluation import inference
 from common.evaluation.inference import Protocol, sum_logits
 from common.images import normalize
@@ -55,7 +56,6 @@ from common.released.weights import UNIMATCH, UNIMATCH_V2, UNIMATCH_V2_UNUSED, s
 from unimatch import train, train_fixmatch, train_v2
 from unimatch.augment import STRONG, LongSideCrop, draw_cutmix_box, mix_maps
 from unimatch.losses import (
-    confident_share,
     consistency_loss,
     draw_kept,
     draw_spared,
@@ -328,6 +328,15 @@ def check_losses(path: Path, views: Sequence[str], total: Callable[..., Tensor])
     if "mask_ratio" in g and not g["mask_ratio"].isnan():
         label = g["fp_label"].long().masked_fill(g["fp_ignore"] == IGNORE, IGNORE)
         close(confident_share(label, g["fp_conf"], float(g["conf_thresh"])), g["mask_ratio"])
+
+
+def confident_share(pseudo_label: Tensor, confidence: Tensor, threshold: float) -> Tensor:
+    """The `confident` that a run logs, which is `mask_ratio` in the release."""
+    alone = SimpleNamespace(device=torch.device("cpu"), reduce=lambda counts, how: counts, is_main_process=True)
+    classes = int(pseudo_label[pseudo_label != IGNORE].max()) + 1
+    signs = Signs(range(classes), 1, alone, None)
+    signs.count_pseudo_labels(pseudo_label, confidence >= threshold)
+    return torch.tensor(signs.read(step=0)["confident"])
 
 
 # ---- complementary dropout
