@@ -42,7 +42,7 @@ from rich.table import Table
 from common.config import load_config, parse
 from common.config.sections import BaseConfig
 from common.datasets import open_reader
-from common.engine.checkpoints import list_steps
+from common.engine.checkpoint_files import list_steps
 from common.engine.devices import accelerator_on
 from common.engine.log import replace_file
 from common.engine.run_folder import check_folder, stored_before

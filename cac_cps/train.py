@@ -151,7 +151,7 @@ def context_term(
         lambda count: run.accelerator.reduce(count, "mean"),
     )
     counted = torch.cat([label[cells] for (label, _), cells in zip(found, overlap)])
-    run.signs.count_pseudo_labels(counted, torch.cat(confidence) > method.pos_thresh_value)
+    run.monitor.count_pseudo_labels(counted, torch.cat(confidence) > method.pos_thresh_value)
     return {"loss1": losses[0], "loss2": losses[1]}
 
 
@@ -183,7 +183,7 @@ def cells_per_process(config: Config, run: Run) -> int:
     if any(side % CELL for side in crop):
         raise UserError(f"data.crop_size is {list(crop)}; CAC needs multiples of {CELL}")
     share, rest = divmod(total, run.processes * config.optim.accumulation)
-    cells = run.batch_size * (crop[0] // CELL) * (crop[1] // CELL)
+    cells = run.process_batch_size * (crop[0] // CELL) * (crop[1] // CELL)
     if rest or share > cells:
         raise UserError(
             f"method.cac.selected_num is {total}; it must be a multiple of processes x accumulation, and at most "
@@ -203,7 +203,7 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(max(1, len(split.labeled) // optim.batch_size) if labels_only else STEPS_PER_EPOCH)
-    run.examine(reader, split)
+    run.check_settings(reader, split)
     labeled_images = make_labeled_images(reader, split.labeled, config)
     if not labels_only:
         check_unlabeled(split.unlabeled, config.data.lists)
@@ -246,7 +246,7 @@ def train(config: Config, run: Run) -> None:
                 size, corners = labeled.label.shape[-2:], network.segmenter.align_corners
                 logits = upsample(output["labeled"], size, corners)
                 supervised = supervised_loss(logits, labeled.label, kind=optim.supervised_loss)
-                run.signs.count_predictions(output["labeled"], labeled.label)
+                run.monitor.count_predictions(output["labeled"], labeled.label)
                 values = {"loss_supervised": supervised}
                 loss = supervised
                 if use_contrast:
@@ -262,7 +262,7 @@ def train(config: Config, run: Run) -> None:
         with record_function("optimizer"):
             losses = {"loss": loss} | {name: value for name, value in values.items() if name.startswith("loss")}
             if run.step_optimizer(optimizer, losses):
-                run.share_statistics(network)
+                run.average_batch_norm(network)
             else:
                 bank.recount()
 

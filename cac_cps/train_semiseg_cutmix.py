@@ -51,7 +51,7 @@ def train(config: Config, run: Run) -> None:
     if not labels_only:
         check_unlabeled(split.unlabeled, config.data.lists)
     run.set_length(STEPS_PER_EPOCH)
-    run.examine(reader, split)
+    run.check_settings(reader, split)
     labeled_images = make_labeled_images(reader, split.labeled, config)
     # Two independent streams of the same images.
     names = () if labels_only else ("unlabeled", "unlabeled, second")
@@ -87,7 +87,7 @@ def train(config: Config, run: Run) -> None:
                 with record_function("losses"):
                     logits = [upsample(each, size, corners) for each in output.values()]
                     losses = {"loss": sum(labeled_loss(each, labeled.label, config) for each in logits)}
-                    run.signs.count_predictions(output["labeled1"], labeled.label)
+                    run.monitor.count_predictions(output["labeled1"], labeled.label)
                 with record_function("backward"):
                     run.backward(losses["loss"])
                 continue
@@ -112,13 +112,13 @@ def train(config: Config, run: Run) -> None:
                 losses = {"loss": loss, "loss_supervised1": supervised1, "loss_supervised2": supervised2}
                 losses["loss_cps"] = cps
                 watched = {"disagreement": (first_label != second_label).float().mean()}
-                run.signs.count_pseudo_labels(second_label)
-                run.signs.count_predictions(output["labeled1"], labeled.label)
+                run.monitor.count_pseudo_labels(second_label)
+                run.monitor.count_predictions(output["labeled1"], labeled.label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
             if run.step_optimizer(optimizer, losses):
-                run.share_statistics(network)
+                run.average_batch_norm(network)
 
         run.finish_step(
             losses | watched | {"lr": optimizer.param_groups[0]["lr"]},

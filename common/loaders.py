@@ -174,7 +174,7 @@ class StepBatches:
         pools = images_by_class(images) if run.config.data.class_balanced and images.with_label else ()
         sampler = StepSampler(
             len(images),
-            batch_size or run.batch_size,
+            batch_size or run.process_batch_size,
             run.processes,
             run.rank,
             first_pass,

@@ -129,7 +129,7 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), len(split.unlabeled), optim.batch_size))
-    run.examine(reader, split)
+    run.check_settings(reader, split)
     crop, seed = ScaleChoiceCrop(config.data.crop_size, method.train_scale_array, BEYOND), config.run.seed
     labeled_images = TrainingImages(reader, split.labeled, crop, seed, "labeled", with_label=True)
     # Two independent streams of the same images.
@@ -172,7 +172,7 @@ def train(config: Config, run: Run) -> None:
                     logits = [upsample(each, size, corners) for each in output.values()]
                     loss = sum(supervised_loss(each, labeled.label, ohem, optim.supervised_loss) for each in logits)
                     losses = {"loss": loss}
-                    run.signs.count_predictions(output["labeled1"], labeled.label)
+                    run.monitor.count_predictions(output["labeled1"], labeled.label)
                 with record_function("backward"):
                     run.backward(loss)
                 continue
@@ -205,15 +205,15 @@ def train(config: Config, run: Run) -> None:
                     "agreement": counts.diagonal().sum() / counts.sum(),
                     "confidence": (first.confidence + second.confidence).mean() / 2,
                 }
-                run.signs.count_pseudo_labels(joined.label)
-                run.signs.count_predictions(output["labeled1"], labeled.label)
+                run.monitor.count_pseudo_labels(joined.label)
+                run.monitor.count_predictions(output["labeled1"], labeled.label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
             stepped = run.step_optimizer(optimizer, losses)
         with record_function("teacher update"):  # the teachers are the networks themselves
             if stepped:
-                run.share_statistics(network)
+                run.average_batch_norm(network)
 
         run.finish_step(
             losses | watched | {"lr": optimizer.param_groups[0]["lr"]},

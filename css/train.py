@@ -32,8 +32,8 @@ from common.config.types import (
     Scale,
     Size,
 )
+from common.engine.monitor import RunFacts
 from common.engine.run import Run
-from common.engine.signs import Facts
 from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
@@ -310,7 +310,7 @@ def train(config: Config, run: Run) -> None:
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
     # The prototypes are not a network that is evaluated: their average may lag.
-    run.examine(reader, split, Facts(lr_floor=method.lr_floor, skipped=("method.alpha_p",)))
+    run.check_settings(reader, split, RunFacts(lr_floor=method.lr_floor, skipped=("method.alpha_p",)))
     labeled_crop = CropTransform(config.data.crop_size, config.data.scale_range)
     unlabeled_crop = CropTransform(config.data.crop_size)  # scaled later, together with the pseudo-labels
     labeled_images = TrainingImages(reader, split.labeled, labeled_crop, config.run.seed, "labeled", with_label=True)
@@ -358,7 +358,7 @@ def train(config: Config, run: Run) -> None:
                 with record_function("losses"):
                     logits = upsample(output["labeled"], label.shape[-2:], network.segmenter.align_corners)
                     losses = {"loss": supervised_loss(logits, label, ohem, optim.supervised_loss) + output["idle"]}
-                    run.signs.count_predictions(output["labeled"], label)
+                    run.monitor.count_predictions(output["labeled"], label)
                 with record_function("backward"):
                     run.backward(losses["loss"])
                 continue
@@ -385,8 +385,8 @@ def train(config: Config, run: Run) -> None:
                 losses = {"loss": loss, "loss_supervised": supervised}
                 losses |= {"loss_unsupervised": unsupervised, "loss_contrastive": contrastive}
                 watched = {"contrastive_weight": weight, "pseudo_labeled": (last[0] != IGNORE).float().mean()}
-                run.signs.count_pseudo_labels(last[0], last[1] >= method.un_threshold)
-                run.signs.count_predictions(output["labeled"], label)
+                run.monitor.count_pseudo_labels(last[0], last[1] >= method.un_threshold)
+                run.monitor.count_predictions(output["labeled"], label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
@@ -394,7 +394,7 @@ def train(config: Config, run: Run) -> None:
         with record_function("teacher update"):
             if stepped:
                 update_teacher(teacher, network, ema_decay(step, decay))
-                run.share_statistics(network, teacher)
+                run.average_batch_norm(network, teacher)
 
         run.finish_step(
             losses | watched | {"lr": optimizer.param_groups[0]["lr"]},

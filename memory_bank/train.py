@@ -51,7 +51,7 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    run.examine(reader, split, facts_of(config, split, run.total))
+    run.check_settings(reader, split, facts_of(config, split, run.total))
     cropped = crop_of(config)
     labeled_images = TrainingImages(reader, split.labeled, cropped, config.run.seed, "labeled", with_label=True)
     if not method.labels_only:
@@ -102,7 +102,7 @@ def train(config: Config, run: Run) -> None:
                     logits = upsample(output["labeled"], label.shape[-2:], network.segmenter.align_corners)
                     loss = supervised_loss(logits, label, balance.ones()) + output["idle"]
                     losses = {"loss": loss + added_loss(logits, label, optim.supervised_loss)}
-                    run.signs.count_predictions(output["labeled"], label)
+                    run.monitor.count_predictions(output["labeled"], label)
                 with record_function("backward"):
                     run.backward(losses["loss"])
                 continue
@@ -144,8 +144,8 @@ def train(config: Config, run: Run) -> None:
                 if use_contrast:
                     losses |= {"contrast_labeled": contrast_labeled, "contrast_unlabeled": contrast_unlabeled}
                 # Pseudo-labels count by a power of their confidence, without a threshold.
-                run.signs.count_pseudo_labels(pseudo_label)
-                run.signs.count_predictions(output["labeled"], label)
+                run.monitor.count_pseudo_labels(pseudo_label)
+                run.monitor.count_predictions(output["labeled"], label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
@@ -155,7 +155,7 @@ def train(config: Config, run: Run) -> None:
         with record_function("teacher update"):
             if stepped:
                 update_teacher(teacher, network, teacher_decay(step, run.total, decay))
-                run.share_statistics(network, teacher)
+                run.average_batch_norm(network, teacher)
 
         run.finish_step(
             losses

@@ -69,7 +69,7 @@ def train(config: Config, run: Run) -> None:
         source = open_source_domain(config.data, adaptation.source_dataset, adaptation.source_root)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
     source_names = source.names("train")
-    run.examine(reader, split, facts_of(config, split, run.total, source=(source, source_names)))
+    run.check_settings(reader, split, facts_of(config, split, run.total, source=(source, source_names)))
     cropped = crop_of(config)
     labeled_images = TrainingImages(reader, split.labeled, cropped, config.run.seed, "labeled", with_label=True)
     source_images = TrainingImages(source, source_names, cropped, config.run.seed, "source", with_label=True)
@@ -126,7 +126,7 @@ def train(config: Config, run: Run) -> None:
                     logits = upsample(output["labeled"], label.shape[-2:], network.segmenter.align_corners)
                     loss = supervised_loss(logits, label, balance.ones()) + output["idle"]
                     losses = {"loss": loss + added_loss(logits, label, optim.supervised_loss)}
-                    run.signs.count_predictions(output["labeled"], label)
+                    run.monitor.count_predictions(output["labeled"], label)
                 with record_function("backward"):
                     run.backward(losses["loss"])
                 continue
@@ -175,8 +175,8 @@ def train(config: Config, run: Run) -> None:
                     losses |= {"contrast_labeled": contrast_labeled} if is_target else {}
                     losses |= {"contrast_unlabeled": contrast_unlabeled}
                 # Pseudo-labels count by a power of their confidence, without a threshold.
-                run.signs.count_pseudo_labels(pseudo_label)
-                run.signs.count_predictions(output["labeled"], label)
+                run.monitor.count_pseudo_labels(pseudo_label)
+                run.monitor.count_predictions(output["labeled"], label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
@@ -186,7 +186,7 @@ def train(config: Config, run: Run) -> None:
         with record_function("teacher update"):
             if stepped:
                 update_teacher(teacher, network, teacher_decay(step, run.total, decay, WARM_UP))
-                run.share_statistics(network, teacher)
+                run.average_batch_norm(network, teacher)
 
         run.finish_step(
             losses

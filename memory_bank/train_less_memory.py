@@ -82,7 +82,7 @@ def labeled_pass(
         logits = upsample(output["labeled"], size, corners)
         supervised = supervised_loss(logits, label, class_weight)
         supervised = supervised + added_loss(logits, label, config.optim.supervised_loss)
-        run.signs.count_predictions(output["labeled"], label)
+        run.monitor.count_predictions(output["labeled"], label)
         contrast_labeled = contrastive_term("labeled", output, bank, network)
         loss = supervised + method.contrast_weight * contrast_labeled
     with record_function("backward"):
@@ -115,7 +115,7 @@ def unlabeled_pass(
         pseudo = rampup * pseudo_label_loss(unlabeled_logits, pseudo_label, confidence, class_weight, power)
         entropy = entropy_loss(unlabeled_logits, pseudo_label, method.entropy_broadcast)
         contrast_unlabeled = contrastive_term("unlabeled", output, bank, network)
-        run.signs.count_pseudo_labels(pseudo_label)  # they count by a power of their confidence, without a threshold
+        run.monitor.count_pseudo_labels(pseudo_label)  # they count by a power of their confidence, without a threshold
         loss = pseudo + method.entropy_weight * entropy + method.contrast_weight * contrast_unlabeled
     with record_function("backward"):
         run.backward(loss)
@@ -134,7 +134,7 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    run.examine(reader, split, facts_of(config, split, run.total, updates_per_step=2))
+    run.check_settings(reader, split, facts_of(config, split, run.total, updates_per_step=2))
     cropped = crop_of(config)
     labeled_images = TrainingImages(reader, split.labeled, cropped, config.run.seed, "labeled", with_label=True)
     if not method.labels_only:
@@ -188,7 +188,7 @@ def train(config: Config, run: Run) -> None:
                         network,
                         teacher_decay(half, 2 * run.total, decay, WARM_UP),
                     )
-                    run.share_statistics(network, teacher)
+                    run.average_batch_norm(network, teacher)
             logged |= losses | {"loss": logged["loss"] + losses["loss"]}
 
         run.finish_step(

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from common.datasets.reader import Reader
 from common.engine.devices import share_batch
+from common.engine.monitor import RunFacts
 from common.engine.run import Run
 from common.engine.run_folder import stored_before
-from common.engine.signs import Facts
 from common.evaluation.evaluate import evaluate_run
 from common.images import normalize
 from common.loaders import StepBatches
@@ -116,7 +116,7 @@ def refresh_batch_norm(
         image = next(unlabeled_batches).image
         with torch.no_grad(), run.autocast():
             network(normalize(image))
-    run.share_statistics(network)
+    run.average_batch_norm(network)
     scores = evaluate_run(network, reader, split, run, protocol_of(config))
     run.stop_if_signalled()
     run.checkpointer.save_variant(REFRESHED, network, scores)
@@ -132,8 +132,8 @@ def contrastive_term(name: str, output: dict[str, Tensor], bank: Bank, network: 
     return contrastive_loss(embeddings, classes, bank, network.heads.selectors)
 
 
-def facts_of(config: Config, split: Split, total: int, updates_per_step: int = 1, source: tuple = ()) -> Facts:
-    """Facts with which a run of `total` steps is examined: constants that it does not use, and its class balance.
+def facts_of(config: Config, split: Split, total: int, updates_per_step: int = 1, source: tuple = ()) -> RunFacts:
+    """RunFacts with which a run of `total` steps is examined: constants that it does not use, and its class balance.
 
     Args:
         config: The script's config.
@@ -157,7 +157,7 @@ def facts_of(config: Config, split: Split, total: int, updates_per_step: int = 1
             f"classes, but the run has {total}, so it never does; raise run.steps, or set method.class_balance false"
         )
     sources = () if method.labels_only or not source else (source,)
-    return Facts(skipped=unused, updates_per_step=updates_per_step, sources=sources, signs=signs)
+    return RunFacts(skipped=unused, updates_per_step=updates_per_step, sources=sources, signs=signs)
 
 
 def steps_per_epoch(labeled_images: int, batch_size: int) -> int:

@@ -23,8 +23,8 @@ from common.augment.views import CropTransform, augment_labeled
 from common.config.lengths import Decay, decay_of
 from common.config.sections import BaseConfig, ModelConfig
 from common.config.types import ClosedUnitInterval, NonNegativeFloat, NonPositiveFloat, PositiveFloat, Scale, Size
+from common.engine.monitor import RunFacts
 from common.engine.run import Run
-from common.engine.signs import Facts
 from common.engine.start import start
 from common.errors import report_errors
 from common.evaluation.evaluate import evaluate_run, save_panel
@@ -240,7 +240,7 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.labeled), optim.batch_size))
-    run.examine(reader, split, Facts(lr_floor=LR_FLOOR))
+    run.check_settings(reader, split, RunFacts(lr_floor=LR_FLOOR))
     labeled_crop = CropTransform(config.data.crop_size, config.data.scale_range)
     unlabeled_crop = CropTransform(config.data.crop_size)  # scaled later, together with the pseudo-labels
     labeled_images = TrainingImages(reader, split.labeled, labeled_crop, config.run.seed, "labeled", with_label=True)
@@ -284,7 +284,7 @@ def train(config: Config, run: Run) -> None:
                 with record_function("losses"):
                     logits = upsample(output["labeled"], label.shape[-2:], network.segmenter.align_corners)
                     losses = {"loss": supervised_loss(logits, label, kind=optim.supervised_loss) + output["idle"]}
-                    run.signs.count_predictions(output["labeled"], label)
+                    run.monitor.count_predictions(output["labeled"], label)
                 with record_function("backward"):
                     run.backward(losses["loss"])
                 continue
@@ -310,8 +310,8 @@ def train(config: Config, run: Run) -> None:
                 losses |= {"loss_unsupervised": unsupervised, "loss_contrastive": contrastive}
                 watched = {"contrastive_weight": weight, "sigma": output["sigma"].mean()}
                 watched["sigma_at_bounds"] = share_at_bounds(output["sigma"])
-                run.signs.count_pseudo_labels(pseudo_label, confidence >= method.un_threshold)
-                run.signs.count_predictions(output["labeled"], label)
+                run.monitor.count_pseudo_labels(pseudo_label, confidence >= method.un_threshold)
+                run.monitor.count_predictions(output["labeled"], label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
@@ -319,7 +319,7 @@ def train(config: Config, run: Run) -> None:
         with record_function("teacher update"):
             if stepped:
                 update_teacher(teacher, network.segmenter, ema_decay(step, decay))
-                run.share_statistics(network, teacher)
+                run.average_batch_norm(network, teacher)
 
         logged = run.finish_step(
             losses | watched | {"lr": optimizer.param_groups[0]["lr"]},

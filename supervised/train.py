@@ -65,7 +65,7 @@ def train(config: Config, run: Run) -> None:
             learned = open_source_domain(config.data, config.method.source_dataset, config.method.source_root)
         names = learned.names("train")
     run.set_length(-(-len(names) // optim.batch_size))
-    run.examine(learned, Split(names, split.unlabeled, split.valid))
+    run.check_settings(learned, Split(names, split.unlabeled, split.valid))
     scaled = CropTransform(config.data.crop_size, config.data.scale_range)
     images = TrainingImages(learned, names, scaled, config.run.seed, "labeled", with_label=True)
 
@@ -95,12 +95,12 @@ def train(config: Config, run: Run) -> None:
             with record_function("losses"):
                 upsampled = upsample(logits, label.shape[-2:], network.align_corners)
                 loss = supervised_loss(upsampled, label, kind=optim.supervised_loss)
-                run.signs.count_predictions(logits, label)
+                run.monitor.count_predictions(logits, label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
             if run.step_optimizer(optimizer, {"loss": loss}):
-                run.share_statistics(network)
+                run.average_batch_norm(network)
 
         run.finish_step({"loss": loss, "lr": optimizer.param_groups[0]["lr"]}, images=optim.batch_size)
         if run.evaluation_due:

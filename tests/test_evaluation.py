@@ -19,7 +19,7 @@ from torch import nn
 from common.config import load_config
 from common.config.sections import DataConfig, ModelConfig, RunConfig
 from common.datasets import open_reader
-from common.engine import checkpoints
+from common.engine import checkpoint_files
 from common.engine.devices import launch_command, parse_devices
 from common.errors import UserError
 from common.evaluation.cli import main_eval
@@ -80,9 +80,9 @@ def run(tmp_path_factory, data) -> Path:
     network = build_network(ModelConfig(**MODEL | {"pretrained": False}))
     for step in (20, 40):
         nn.init.normal_(network.classifier[-1].weight)
-        checkpoints.write(folder / "checkpoints", {"step": step, "epoch": step / 10}, network.state_dict())
-    checkpoints.point(folder / "checkpoints", "last", 40)
-    checkpoints.point(folder / "checkpoints", "best", 20)
+        checkpoint_files.write(folder / "checkpoints", {"step": step, "epoch": step / 10}, network.state_dict())
+    checkpoint_files.point(folder / "checkpoints", "last", 40)
+    checkpoint_files.point(folder / "checkpoints", "best", 20)
     return folder
 
 
@@ -94,7 +94,7 @@ def write_config(path: Path, data: DataConfig, **model) -> None:
 def fake_run(folder: Path, steps: list[int], per_epoch: int | None = 10) -> Path:
     for step in steps:
         meta = {"step": step, "epoch": step / per_epoch if per_epoch else None, "files": {}}
-        path = checkpoints.step_folder(folder / "checkpoints", step)
+        path = checkpoint_files.step_folder(folder / "checkpoints", step)
         path.mkdir(parents=True)
         (path / "meta.json").write_text(json.dumps(meta))
     return folder
@@ -214,7 +214,7 @@ def test_a_damaged_checkpoint_in_a_range_is_skipped_with_a_note(tmp_path):
 def test_default_is_best_else_last(run, tmp_path):
     assert find_checkpoints(run, None, by_epoch=True)[0][0].step == 20
     other = fake_run(tmp_path, [10])
-    checkpoints.point(other / "checkpoints", "last", 10)
+    checkpoint_files.point(other / "checkpoints", "last", 10)
     assert find_checkpoints(other, None, by_epoch=True)[0][0].name == "last"
 
 
@@ -299,10 +299,10 @@ def test_command_line_prints_and_writes_scores_and_pictures(run, data, capsys):
 
 def test_a_checkpoint_that_is_pruned_meanwhile_is_skipped(run, curves, tmp_path, monkeypatch, capsys):
     shutil.copytree(run, tmp_path / "run", symlinks=True)
-    checkpoints.write(tmp_path / "run" / "checkpoints", {"step": 30, "epoch": 3.0}, weights(run, 20))
+    checkpoint_files.write(tmp_path / "run" / "checkpoints", {"step": 30, "epoch": 3.0}, weights(run, 20))
 
     def evaluate_and_prune(*arguments, **named):
-        shutil.rmtree(checkpoints.step_folder(tmp_path / "run" / "checkpoints", 30), ignore_errors=True)
+        shutil.rmtree(checkpoint_files.step_folder(tmp_path / "run" / "checkpoints", 30), ignore_errors=True)
         return evaluate(*arguments, **named)
 
     monkeypatch.setattr("common.evaluation.cli.evaluate", evaluate_and_prune)
@@ -315,7 +315,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile_is_skipped(run, curves, tmp_path,
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(checkpoints.step_folder(run / "checkpoints", step) / "model.safetensors")
+    return load_file(checkpoint_files.step_folder(run / "checkpoints", step) / "model.safetensors")
 
 
 def test_a_weight_file_by_another_protocol(run, tmp_path, capsys):

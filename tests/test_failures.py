@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.engine import checkpoints
+from common.engine import checkpoint_files
 from common.engine.finite import non_finite_tensors
 from common.errors import UserError
 from tests.conftest import FEW, SCRIPTS
@@ -26,7 +26,7 @@ FOUR = ["--optim.batch_size", "4"]
 
 def held(run: Path, step: int) -> dict:
     """All tensors of a checkpoint, the optimizer's too."""
-    folder = checkpoints.step_folder(run / "checkpoints", step)
+    folder = checkpoint_files.step_folder(run / "checkpoints", step)
     state = torch.load(folder / "state.pt", weights_only=True)
     return {name: load_file(folder / f"{name}.safetensors") for name in ("model", "extra")} | {
         "optimizer": state["optimizer"]["state"]
@@ -110,7 +110,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny, tmp_path, capsys):
         main([*arguments, "--optim.weight_decay", "1e30"])
     assert stop.value.code == 2
     assert "is not finite, so nothing is saved" in capsys.readouterr().err
-    assert not checkpoints.list_steps(tmp_path / "run" / "checkpoints")
+    assert not checkpoint_files.list_steps(tmp_path / "run" / "checkpoints")
 
 
 @pytest.fixture
@@ -138,14 +138,14 @@ def test_a_file_that_goes_bad_stops_the_run_after_a_checkpoint(script, processes
     assert [child.status() for child in children] == [2] * processes
     output = children[0].log.read_text()
     assert "Traceback" not in output and "cannot be decoded" in output and str(files[0].parent) in output
-    saved = checkpoints.list_steps(tmp_path / "run" / "checkpoints")
+    saved = checkpoint_files.list_steps(tmp_path / "run" / "checkpoints")
     assert saved and saved[-1] >= 2
     if processes == 1:
         for path, content in zip(files, originals):
             path.write_bytes(content)
         assert f"after step {saved[-1]}" in start(script, arguments, log).finish()
         start(script, [*arguments, "--run.dir", str(tmp_path / "whole")], log).finish()
-        shutil.rmtree(checkpoints.step_folder(tmp_path / "run" / "checkpoints", saved[-1]))
+        shutil.rmtree(checkpoint_files.step_folder(tmp_path / "run" / "checkpoints", saved[-1]))
         assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -167,13 +167,13 @@ def test_the_checkpoint_before_a_harmed_one_is_found_with_a_warning(name, harm, 
     root = tmp_path / "checkpoints"
     for step in (1, 2):
         tensors = {"weight": torch.full((3,), float(step))}
-        checkpoints.write(root, {"step": step}, tensors, {"student": tensors}, {"best": None})
+        checkpoint_files.write(root, {"step": step}, tensors, {"student": tensors}, {"best": None})
     path = root / "step_00000002" / name
     if harm == "vanished":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:40])
-    found = list(checkpoints.newest(root))
+    found = list(checkpoint_files.newest(root))
     assert "step_00000002" in found[0] and found[1].meta["step"] == 1
 
 
@@ -193,13 +193,13 @@ def test_a_checkpoint_that_was_about_to_be_replaced_gets_its_name_back(tiny, tmp
 
 
 def test_a_checkpoint_with_code_is_refused_by_name_and_not_executed(tmp_path):
-    folder = checkpoints.write(tmp_path, {"step": 1}, {}, {}, {"best": None})
+    folder = checkpoint_files.write(tmp_path, {"step": 1}, {}, {}, {"best": None})
     torch.save({"best": Harmful()}, folder / "state.pt", pickle_module=pickle)
     meta = json.loads((folder / "meta.json").read_text())
-    meta["files"]["state.pt"] = checkpoints._fingerprint(folder / "state.pt")
+    meta["files"]["state.pt"] = checkpoint_files._fingerprint(folder / "state.pt")
     (folder / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(UserError, match=r"step_00000001 is refused: .* would execute .*eval"):
-        checkpoints.read(folder)
+        checkpoint_files.read(folder)
 
 
 def test_deterministic_mode_gives_the_same_bits_twice(some_script, tiny, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 
 from common.config.sections import DataConfig, ModelConfig, RunConfig
 from common.datasets.reader import read_picture, voc_palette
-from common.engine import checkpoints
+from common.engine import checkpoint_files
 from common.engine.run_folder import check_folder, open_folder
 from common.errors import UserError
 from common.evaluation.export import MIN_SIDE, Deployed, export_network
@@ -45,8 +45,8 @@ def run(tmp_path_factory) -> Path:
     network = build_network(MODEL)
     for step in (2, 4):
         nn.init.normal_(network.classifier[-1].weight)
-        checkpoints.write(folder / "checkpoints", {"step": step, "epoch": None}, network.state_dict())
-    checkpoints.point(folder / "checkpoints", "last", 4)
+        checkpoint_files.write(folder / "checkpoints", {"step": step, "epoch": None}, network.state_dict())
+    checkpoint_files.point(folder / "checkpoints", "last", 4)
     write_metainfo(folder, METAINFO)
     return folder
 
@@ -68,7 +68,7 @@ def call(*arguments: object) -> None:
 
 def expected(run: Path, file: Path, protocol: Protocol = Protocol(multiple=8)) -> torch.Tensor:
     network = build_network(MODEL)
-    network.load_state_dict(checkpoints.load_file(run / "checkpoints" / "last" / "model.safetensors"))
+    network.load_state_dict(checkpoint_files.load_file(run / "checkpoints" / "last" / "model.safetensors"))
     image = read_picture(file)
     return predict(network, image[None], tuple(image.shape[-2:]), protocol)[0]
 

@@ -49,7 +49,7 @@ def batches(root: Path, processes: int, rank: int, step: int = 0, accumulation: 
         config=config,
         processes=processes,
         rank=rank,
-        batch_size=total // processes // accumulation,
+        process_batch_size=total // processes // accumulation,
         step=step,
         device=torch.device("cpu"),
         register_batch=lambda batch: None,
@@ -111,7 +111,7 @@ def save_views(folder: Path, paper: str, arguments: list[str]) -> None:
         maps = {"css": (4, 2, 40, 48), "prcl": (4, 40, 48)}[paper]
         label = torch.randint(0, 7, maps, generator=numbers)
         confidence = torch.rand(maps, generator=numbers)
-        own = slice(run.rank * run.batch_size, (run.rank + 1) * run.batch_size)
+        own = slice(run.rank * run.process_batch_size, (run.rank + 1) * run.process_batch_size)
         positions = list(range(8, 12))[own]
         views = train.augment_unlabeled(image[own], label[own], confidence[own], positions, run.config, run)
         torch.save([view.clone() for view in views], folder / f"{run.processes}_{run.rank}.pt")
@@ -133,7 +133,7 @@ def save_prototypes(folder: Path, arguments: list[str]) -> None:
         for _ in range(3):
             representation = torch.randn(4, 8, 6, 7, generator=numbers)
             label = torch.arange(4).view(4, 1, 1).expand(4, 6, 7)  # no class is seen by both processes
-            own = slice(run.rank * run.batch_size, (run.rank + 1) * run.batch_size)
+            own = slice(run.rank * run.process_batch_size, (run.rank + 1) * run.process_batch_size)
             memory.update(representation[own], label[own], 0.9, partial(run.accelerator.reduce, reduction="sum"))
         torch.save(memory.state_dict(), folder / f"{run.processes}_{run.rank}.pt")
 

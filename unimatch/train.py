@@ -93,7 +93,7 @@ def train(config: Config, run: Run) -> None:
 
     reader, split = open_data(config, run.accelerator)
     run.set_length(steps_per_epoch(len(split.unlabeled), optim.batch_size))
-    run.examine(reader, split)
+    run.check_settings(reader, split)
     weak_crop = LongSideCrop(config.data.crop_size, config.data.scale_range)
     labeled_images = TrainingImages(reader, split.labeled, weak_crop, config.run.seed, "labeled", with_label=True)
     if not method.labels_only:
@@ -132,7 +132,7 @@ def train(config: Config, run: Run) -> None:
                 with record_function("losses"):
                     logits = upsample(output["labeled"], size, corners)
                     losses = {"loss": supervised_loss(logits, label, ohem, optim.supervised_loss)}
-                    run.signs.count_predictions(output["labeled"], label)
+                    run.monitor.count_predictions(output["labeled"], label)
                 with record_function("backward"):
                     run.backward(losses["loss"])
                 continue
@@ -166,13 +166,13 @@ def train(config: Config, run: Run) -> None:
                 loss = unimatch_loss(supervised, *strong, perturbed)
                 losses = {"loss": loss, "loss_supervised": supervised, "loss_strong": sum(strong) / 2}
                 losses |= {"loss_perturbed": perturbed}
-                run.signs.count_pseudo_labels(weak[0], weak[1] >= method.conf_thresh)
-                run.signs.count_predictions(output["labeled"], label)
+                run.monitor.count_pseudo_labels(weak[0], weak[1] >= method.conf_thresh)
+                run.monitor.count_predictions(output["labeled"], label)
             with record_function("backward"):
                 run.backward(loss)
         with record_function("optimizer"):
             if run.step_optimizer(optimizer, losses):
-                run.share_statistics(network)
+                run.average_batch_norm(network)
 
         run.finish_step(
             losses | {"lr": optimizer.param_groups[0]["lr"]},

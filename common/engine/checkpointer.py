@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from common.config import to_dict
-from common.engine import checkpoints
+from common.engine import checkpoint_files
 from common.engine.finite import non_finite_tensors
 from common.engine.gloo import GlooGroup
 from common.engine.log import RunLog
@@ -45,7 +45,7 @@ class CheckpointContents:
 
 
 class Checkpointer:
-    """Saves and resumes a run; the files themselves are written and read by `common.engine.checkpoints`.
+    """Saves and resumes a run; the files themselves are written and read by `common.engine.checkpoint_files`.
 
     The main process writes. Every process must call the public methods, except `link_best` and `require_last`.
 
@@ -88,10 +88,10 @@ class Checkpointer:
                 different ones.
         """
         if self._accelerator.is_main_process:
-            checkpoints.restore(self._root)
+            checkpoint_files.restore(self._root)
         self._accelerator.wait_for_everyone()
         damaged = False
-        for checkpoint in checkpoints.newest(self._root):
+        for checkpoint in checkpoint_files.newest(self._root):
             if isinstance(checkpoint, str):
                 damaged = True
                 self._log.print(f"warning: {checkpoint}; trying the previous one")
@@ -111,7 +111,7 @@ class Checkpointer:
         if not self._accelerator.is_main_process:
             return
         try:
-            checkpoints.clean(self._root)
+            checkpoint_files.clean(self._root)
             if self._progress.step:
                 self._link_and_prune()
         except OSError as error:
@@ -122,12 +122,12 @@ class Checkpointer:
         """Step of the best evaluation so far; 0 before the first."""
         return self._progress.best["step"] if self._progress.best else 0
 
-    def read_best(self) -> checkpoints.Checkpoint | None:
+    def read_best(self) -> checkpoint_files.Checkpoint | None:
         """Read the checkpoint of the best evaluation; None, on all processes, where one of them cannot read it."""
         found = None
         if self._progress.best:
             with suppress(UserError):
-                found = checkpoints.read(self._best_folder())
+                found = checkpoint_files.read(self._best_folder())
         return found if self._all_processes(found is not None) else None
 
     # Saving
@@ -166,7 +166,7 @@ class Checkpointer:
         if self._accelerator.is_main_process:
             meta = self._meta() | {"step": self._progress.best["step"], "scores": {"miou": scores.miou}}
             try:
-                checkpoints.write(self._root, meta, network.state_dict(), prefix=name)
+                checkpoint_files.write(self._root, meta, network.state_dict(), prefix=name)
             except OSError as error:
                 self._log.print(f"warning: {name} weights could not be written ({error.strerror or error}); going on")
         self._accelerator.wait_for_everyone()
@@ -179,11 +179,11 @@ class Checkpointer:
             return
         step, miou, chosen = self._progress.best["step"], self._progress.best["miou"], ""
         if variant and self._best_folder(variant).is_dir():
-            variant_miou = checkpoints.read_meta(self._best_folder(variant))["scores"]["miou"]
+            variant_miou = checkpoint_files.read_meta(self._best_folder(variant))["scores"]["miou"]
             self._log.print(f"{variant}: mIoU {100 * variant_miou:.2f}, before {100 * miou:.2f}")
             if variant_miou > miou:
                 with suppress(OSError):  # on a full disk the variant stays available under its own name
-                    checkpoints.point(self._root, "best", step, variant)
+                    checkpoint_files.point(self._root, "best", step, variant)
                 miou, chosen = variant_miou, f", {variant}"
         self._log.print(f"best mIoU {100 * miou:.2f} after step {step}{chosen} (chosen on the valid list)")
 
@@ -201,7 +201,7 @@ class Checkpointer:
 
     # Inside
 
-    def _load(self, checkpoint: checkpoints.Checkpoint) -> None:
+    def _load(self, checkpoint: checkpoint_files.Checkpoint) -> None:
         contents, scaler = self.contents, self._accelerator.scaler
         try:
             contents.model.load_state_dict(checkpoint.model)
@@ -246,7 +246,7 @@ class Checkpointer:
     def _write_files(self, resumable: bool) -> None:
         contents, scaler = self.contents, self._accelerator.scaler
         if not resumable:
-            checkpoints.write(self._root, self._meta(), contents.model.state_dict())
+            checkpoint_files.write(self._root, self._meta(), contents.model.state_dict())
             return
         extra = {name: module.state_dict() for name, module in contents.extra.items()}
         state = {
@@ -254,7 +254,7 @@ class Checkpointer:
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         state |= self._progress.state_dict()
-        checkpoints.write(self._root, self._meta(), contents.model.state_dict(), extra, state)
+        checkpoint_files.write(self._root, self._meta(), contents.model.state_dict(), extra, state)
 
     def _meta(self) -> dict[str, Any]:
         progress, text = self._progress, json.dumps(to_dict(self._config), sort_keys=True)
@@ -268,10 +268,10 @@ class Checkpointer:
         }
 
     def _link_and_prune(self) -> None:
-        checkpoints.point(self._root, "last", self._progress.step)
+        checkpoint_files.point(self._root, "last", self._progress.step)
         if self._progress.is_best:
-            checkpoints.point(self._root, "best", self._progress.step)
-        checkpoints.prune(self._root, self._config.run.keep, self._is_snapshot)
+            checkpoint_files.point(self._root, "best", self._progress.step)
+        checkpoint_files.prune(self._root, self._config.run.keep, self._is_snapshot)
 
     def _is_snapshot(self, step: int) -> bool:
         run = self._config.run
@@ -280,7 +280,7 @@ class Checkpointer:
 
     def _best_folder(self, variant: str = "step") -> Path:
         """Folder of the best checkpoint, or of a variant of it; of step 0, which does not exist, before any."""
-        return checkpoints.step_folder(self._root, self.best_step, variant)
+        return checkpoint_files.step_folder(self._root, self.best_step, variant)
 
     def _all_processes(self, answer: bool) -> bool:
         return all(others for (others,) in self._gloo.gather_ints(int(answer)))

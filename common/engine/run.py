@@ -23,11 +23,11 @@ from common.engine.devices import (
 )
 from common.engine.gloo import GlooGroup
 from common.engine.log import RunLog
+from common.engine.monitor import Monitor, RunFacts
 from common.engine.optimizer_step import OptimizerStep
 from common.engine.progress import Progress, RunLength
 from common.engine.run_folder import check_folder, open_folder
 from common.engine.signals import Stopped, StopSignal
-from common.engine.signs import Facts, Signs
 from common.errors import UserError
 from common.metrics import Scores
 from common.seeding import derive_seed
@@ -42,18 +42,18 @@ class Run(AbstractContextManager):
 
         with Run(config, "paper/train.py") as run:
             run.set_length(steps_per_epoch)                        # sets run.total
-            run.examine(reader, split)                             # warns of settings that the run cannot meet
+            run.check_settings(reader, split)                      # warns of settings that the run cannot meet
             teacher = run.to_device(make_teacher(network))         # networks that take no gradients
             wrapped, optimizer = run.prepare(network, optimizer)   # the trained network
             run.resume(model=teacher, extra={"student": network}, optimizer=optimizer)
             batches = StepBatches(images, run)                     # calls run.register_batch for every batch
             for step in run.steps():
                 for _ in run.accumulate(wrapped):                  # once, unless optim.accumulation > 1
-                    ...                                            # run.autocast, run.from_next_process, run.signs
+                    ...                                            # run.autocast, run.from_next_process, run.monitor
                     run.backward(loss)
                 if run.step_optimizer(optimizer, losses):          # False: not finite, so the step is undone
                     update_teacher(...)
-                    run.share_statistics(network, teacher)         # batch-norm statistics, on CPUs
+                    run.average_batch_norm(network, teacher)       # batch-norm statistics, on CPUs
                 logged = run.finish_step(losses, images)           # counts the step, logs every run.log_every steps
                 if run.evaluation_due:
                     run.log_scores(evaluate_run(teacher, reader, split, run))
@@ -71,9 +71,9 @@ class Run(AbstractContextManager):
         folder: The run folder, `run.dir`.
         accelerator, device: The Accelerator of the run, and the device of this process.
         processes, rank: Number of processes, and index of this one.
-        batch_size: Labeled images per process and backward pass.
+        process_batch_size: Labeled images per process and backward pass.
         log: Writes `metrics.jsonl` and prints.
-        signs: Counts what shows that a run goes wrong (after `examine`).
+        monitor: Counts what shows that a run goes wrong (after `check_settings`).
         checkpointer: Saves and resumes (after `resume`).
 
     Raises:
@@ -92,7 +92,7 @@ class Run(AbstractContextManager):
         self.device = self.accelerator.device
         self.processes, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         total, accumulation = config.optim.batch_size, config.optim.accumulation
-        self.batch_size = share_batch(total, "optim.batch_size", self.accelerator, accumulation)
+        self.process_batch_size = share_batch(total, "optim.batch_size", self.accelerator, accumulation)
         self.log = RunLog(self.folder / "metrics.jsonl", self.accelerator)
         self._gloo = GlooGroup(self.processes, config.run.timeout)
         self._stop = StopSignal(self._gloo)
@@ -135,19 +135,19 @@ class Run(AbstractContextManager):
         """Set the length of the run from the config's steps or epochs; `steps_per_epoch` is the paper's rule."""
         self._length = RunLength.from_config(self.config.run, steps_per_epoch)
 
-    def examine(self, reader: Reader, split: Split, facts: Facts = Facts()) -> None:
-        """Warn of settings that the run cannot meet, e.g. constants in steps beyond its end; begin to count `signs`.
+    def check_settings(self, reader: Reader, split: Split, facts: RunFacts = RunFacts()) -> None:
+        """Warn of settings that the run cannot meet, e.g. constants in steps beyond its end; create `monitor`.
 
         `reader` reads the labeled images of `split`; `facts` are those that the config does not state.
         """
-        self.signs = Signs(reader.classes, self.total, self.accelerator, self.log)
-        self.signs.warn_at_start(self.config, facts, reader, split)
+        self.monitor = Monitor(reader.classes, self.total, self.accelerator, self.log)
+        self.monitor.warn_at_start(self.config, facts, reader, split)
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Move the trained network to the device and wrap it for processes and precision."""
         wrapped, optimizer = self.accelerator.prepare(prepare_layout(network, self.accelerator), optimizer)
         if self.processes > 1:
-            # SyncBatchNorm or `share_statistics` keep buffers equal; broadcasting them would undo a step's update.
+            # SyncBatchNorm or `average_batch_norm` keep buffers equal; broadcasting them would undo a step's update.
             wrapped.broadcast_buffers = False
         # Only the wrapper is compiled: evaluation calls the bare network, with a new size for every image.
         return (torch.compile(wrapped) if self.config.run.compile else wrapped), optimizer
@@ -172,12 +172,12 @@ class Run(AbstractContextManager):
             UserError: every checkpoint of the folder is damaged, one is of another network, or the folder cannot be
                 written.
         """
-        contents = CheckpointContents(model, extra | {SIGNS: self.signs}, optimizer)
+        contents = CheckpointContents(model, extra | {SIGNS: self.monitor}, optimizer)
         max_bad_steps, services = self.config.run.max_bad_steps, (self.accelerator, self._gloo, self.log)
         self._optimizer_step = OptimizerStep(contents.modules(), self._progress, *services, max_bad_steps)
         self.checkpointer = Checkpointer(contents, self._progress, self._length, self.config, self.script, *services)
         self.checkpointer.resume()
-        self.signs.keep_on_main()
+        self.monitor.keep_on_main()
         if self.is_main:
             open_folder(self.folder, self.script, self.config)
             self.log.truncate_after(self.step, scored=not self.evaluation_due)
@@ -229,7 +229,7 @@ class Run(AbstractContextManager):
         if any(count for (count,) in self._gloo.gather_ints(len(errors))):
             first = self._gloo.gather_strings(errors)[0]
             self._optimizer_step.undo()
-            self.signs.move_to_main()
+            self.monitor.move_to_main()
             self.checkpointer.save_before_error()
             raise UserError(
                 f"{first}. Stopped before step {self.step + 1}; set data.skip_bad_files to leave such files out"
@@ -255,7 +255,7 @@ class Run(AbstractContextManager):
         """
         return self._optimizer_step.apply(optimizer, losses)
 
-    def share_statistics(self, *networks: nn.Module) -> None:
+    def average_batch_norm(self, *networks: nn.Module) -> None:
         """Average running batch-norm statistics over processes where SyncBatchNorm does not exist (CPU)."""
         if self.processes > 1 and not has_sync_batch_norm(self.accelerator):
             average_buffers(networks, self.accelerator)
@@ -282,7 +282,7 @@ class Run(AbstractContextManager):
         due = self.step % self.config.run.log_every == 0 or self.step == self.total
         if not due or steps[0]:  # a step is skipped on all processes or none
             return {}
-        return self.log.log_step(self.step, values | self.signs.read(self.step), images)
+        return self.log.log_step(self.step, values | self.monitor.read(self.step), images)
 
     @property
     def evaluation_due(self) -> bool:
@@ -299,7 +299,7 @@ class Run(AbstractContextManager):
         if scores is None:
             return
         self._progress.add_scores(scores)
-        lost = {"classes_not_predicted": len(self.signs.evaluated(self.step))}
+        lost = {"classes_not_predicted": len(self.monitor.evaluated(self.step))}
         self.log.log_scores(self.step, scores, lost, self._progress.is_best)
 
     def picture_path(self) -> Path:
@@ -313,7 +313,7 @@ class Run(AbstractContextManager):
             UserError: the network is not finite.
         """
         if self.checkpointer.is_due(stopping=bool(self._stop.agreed)):
-            self.signs.move_to_main()
+            self.monitor.move_to_main()
         self.checkpointer.save_if_due(stopping=bool(self._stop.agreed))
         self.log.exclude_pause()
 

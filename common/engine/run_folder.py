@@ -7,7 +7,7 @@ from typing import Any
 
 from common.config import config_of, to_dict
 from common.config.files import flatten
-from common.engine import checkpoints
+from common.engine import checkpoint_files
 from common.engine.log import replace_file
 from common.errors import UserError
 
@@ -38,7 +38,7 @@ def check_folder(folder: Path, script: str, config: Any) -> None:
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise UserError(f"run folder {folder} cannot be written: {existing} is not a writable folder; set run.dir")
     if not (folder / "config.json").exists():
-        if checkpoints.list_steps(folder / "checkpoints"):
+        if checkpoint_files.list_steps(folder / "checkpoints"):
             raise UserError(f"{folder} contains checkpoints but no config.json; set another run.dir")
         return
     try:

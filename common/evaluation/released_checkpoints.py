@@ -11,7 +11,7 @@ from torch import Tensor
 from common.config import load_config
 from common.config.files import Translate, Translation
 from common.datasets import named_classes
-from common.engine import checkpoints
+from common.engine import checkpoint_files
 from common.engine.run_folder import open_folder
 from common.errors import UserError
 from common.evaluation.inference import Protocol
@@ -151,5 +151,5 @@ def convert_checkpoint(
 def _write_checkpoint(root: Path, file: Path, state: State, extra: Mapping[str, State]) -> None:
     versions = {name: version(name) for name in ("torch", "timm")}
     meta = {"step": 0, "epoch": None, "scores": {}, "converted_from": file.name, "versions": versions}
-    checkpoints.write(root, meta, state, extra)
-    checkpoints.point(root, "last", 0)
+    checkpoint_files.write(root, meta, state, extra)
+    checkpoint_files.point(root, "last", 0)

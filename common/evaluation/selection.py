@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.engine.checkpoints import list_steps, read_meta, step_folder
+from common.engine.checkpoint_files import list_steps, read_meta, step_folder
 from common.errors import UserError
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")

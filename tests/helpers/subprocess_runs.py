@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.conftest import SCRIPTS, module_of
 
-SAVING = ("common/engine/checkpoints.py", "common/engine/checkpointer.py")
+SAVING = ("common/engine/checkpoint_files.py", "common/engine/checkpointer.py")
 ENGINE = tuple(f"common/engine/{name}.py" for name in ("run", "optimizer_step", "finite", "progress"))
 STEP = (*ENGINE, "common/evaluation/evaluate.py", *SCRIPTS)
 SECONDS = 120

@@ -124,7 +124,7 @@ def check_contrast_step(network: CACNetwork, bank: Bank, own: Golden, config: Co
     overlap = tuple(torch.from_numpy(cells) for cells in overlap_cells(pairs_of(own), *size))
     alone = SimpleNamespace(
         accelerator=SimpleNamespace(gather=lambda values: values, reduce=lambda values, how: values),
-        signs=SimpleNamespace(count_pseudo_labels=lambda *counted: None),
+        monitor=SimpleNamespace(count_pseudo_labels=lambda *counted: None),
     )
     losses = context_term(output, overlap, (own["sel1"], own["sel2"]), bank, config, alone)
     for number in (1, 2):

@@ -40,7 +40,7 @@ from common.augment import Photometric, apply_photometric, draw_photometric
 from common.augment.geometry import nearest_crop
 from common.augment.mixing import box_mask
 from common.config.sections import ModelConfig, OptimConfig
-from common.engine.signs import Signs
+from common.engine.monitor import Monitor
 from common.evaluation import inference
 from common.evaluation.inference import Protocol, sum_logits
 from common.images import normalize
@@ -334,9 +334,9 @@ def confident_share(pseudo_label: Tensor, confidence: Tensor, threshold: float) 
     """The `confident` that a run logs, which is `mask_ratio` in the release."""
     alone = SimpleNamespace(device=torch.device("cpu"), reduce=lambda counts, how: counts, is_main_process=True)
     classes = int(pseudo_label[pseudo_label != IGNORE].max()) + 1
-    signs = Signs(range(classes), 1, alone, None)
-    signs.count_pseudo_labels(pseudo_label, confidence >= threshold)
-    return torch.tensor(signs.read(step=0)["confident"])
+    monitor = Monitor(range(classes), 1, alone, None)
+    monitor.count_pseudo_labels(pseudo_label, confidence >= threshold)
+    return torch.tensor(monitor.read(step=0)["confident"])
 
 
 # ---- complementary dropout

@@ -1,7 +1,7 @@
 """Signs that a run gives of itself: constants it never reaches, thresholds nothing passes, classes it loses.
 
-Some are checked once before training (`startup_signs`), others are counted on the device during it (`Signs`) and read
-with the log. Each is printed once, with what to change; docs/troubleshooting.md explains them.
+Some are checked once before training (`startup_warnings`), others are counted on the device during it (`Monitor`) and
+read with the log. Each is printed once, with what to change; docs/troubleshooting.md explains them.
 """
 
 import math
@@ -34,8 +34,8 @@ SETTLED, LEAST_STEPS = 0.5, 100  # of the run, and steps: early predictions are 
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Facts about a run that its config does not state.
+class RunFacts:
+    """RunFacts about a run that its config does not state.
 
     Attributes:
         lr_floor: Smallest learning rate of the schedule.
@@ -53,8 +53,8 @@ class Facts:
     signs: Sequence[str] = ()
 
 
-def startup_signs(
-    config: Any, total: int, facts: Facts, class_names: Sequence[str], shown: Sequence[bool] | None
+def startup_warnings(
+    config: Any, total: int, facts: RunFacts, class_names: Sequence[str], shown: Sequence[bool] | None
 ) -> list[str]:
     """Check the constants of a config against the length of its run, its crops and its labels.
 
@@ -108,7 +108,7 @@ def classes_shown(sources: Sequence[tuple[Reader, Sequence[str]]]) -> list[bool]
         return np.any(list(pool.map(occurring, pairs)), axis=0).tolist()
 
 
-class Signs(nn.Module):
+class Monitor(nn.Module):
     """Counts of pseudo-labels and predictions, kept on the device and read with the log.
 
     The counts are a buffer, so that a skipped step is undone and a resumed run counts on.
@@ -128,11 +128,11 @@ class Signs(nn.Module):
         self.register_buffer("counts", torch.zeros(4, len(self._names), dtype=torch.int64))
         self.to(accelerator.device)
 
-    def warn_at_start(self, config: Any, facts: Facts, reader: Reader, split: Split) -> None:
+    def warn_at_start(self, config: Any, facts: RunFacts, reader: Reader, split: Split) -> None:
         """Print the signs that a config gives before training, on the main process."""
         if self._accelerator.is_main_process:
             shown = classes_shown([(reader, split.labeled), *facts.sources])
-            for sign in startup_signs(config, self._total, facts, self._names, shown):
+            for sign in startup_warnings(config, self._total, facts, self._names, shown):
                 self._log.print(f"warning: {sign}")
         self._accelerator.wait_for_everyone()
 

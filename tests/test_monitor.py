@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from common.config import parse
 from common.config.lengths import decay_of, in_steps
 from common.datasets.shapes import make_shapes
-from common.engine import checkpoints as checkpoints_of
-from common.engine import signs as signs_of
+from common.engine import checkpoint_files as checkpoints_of
+from common.engine import monitor as signs_of
+from common.engine.monitor import Monitor, RunFacts, classes_shown, startup_warnings
 from common.engine.run import Run
-from common.engine.signs import Facts, Signs, classes_shown, startup_signs
 from memory_bank.train import Config as MemoryBank
 from memory_bank.training import facts_of
 from prcl.train import Config as PRCL
@@ -39,8 +39,8 @@ def config_of(paper: str, *more: str):
     return parse(class_, f"{paper}/train.py", ["--config", str(ROOT / paper / "configs" / "demo.json"), *more])
 
 
-def found(config, total: int = 400, facts: Facts = Facts(), shown=ALL_SHOWN) -> str:
-    return "\n".join(startup_signs(config, total, facts, CLASSES, shown))
+def found(config, total: int = 400, facts: RunFacts = RunFacts(), shown=ALL_SHOWN) -> str:
+    return "\n".join(startup_warnings(config, total, facts, CLASSES, shown))
 
 
 # Signs at the start
@@ -53,8 +53,8 @@ def test_a_constant_in_steps_beyond_the_run_is_a_sign(key):
     assert sign.startswith(f"method.{key} is 400 steps, but the run has 400") and sign.count("\n") == 0
     assert not found(config, total=401)
     # Constants that count updates reach twice as far, and those that a run does not use are not examined.
-    assert not found(config, facts=Facts(updates_per_step=2))
-    assert not found(config, facts=Facts(skipped=[f"method.{key}"]))
+    assert not found(config, facts=RunFacts(updates_per_step=2))
+    assert not found(config, facts=RunFacts(skipped=[f"method.{key}"]))
 
 
 def test_a_teacher_that_lags_more_than_a_twentieth_of_the_run_is_a_sign():
@@ -88,8 +88,8 @@ def test_a_run_shorter_than_a_pass_over_the_images_has_no_class_balance():
 
 def test_a_high_floor_of_the_learning_rate_is_a_sign():
     config = config_of("prcl", "--optim.lr", "1e-3")
-    assert "never falls below 3e-05, 3% of optim.lr" in found(config, facts=Facts(lr_floor=3e-5))
-    assert not found(config, facts=Facts(lr_floor=2e-5))
+    assert "never falls below 3e-05, 3% of optim.lr" in found(config, facts=RunFacts(lr_floor=3e-5))
+    assert not found(config, facts=RunFacts(lr_floor=2e-5))
 
 
 def test_classes_that_no_label_shows_are_a_sign(tmp_path):
@@ -135,12 +135,12 @@ def test_demos_give_no_sign_at_the_start(script, demo_data, monkeypatch, capsys)
     class Examined(Exception):
         pass
 
-    def examine(run, *arguments) -> None:
+    def check_settings(run, *arguments) -> None:
         examined(run, *arguments)
         raise Examined
 
-    examined = Run.examine
-    monkeypatch.setattr(Run, "examine", examine)
+    examined = Run.check_settings
+    monkeypatch.setattr(Run, "check_settings", check_settings)
     monkeypatch.chdir(demo_data)
     demo = "demo_v2.json" if script == "unimatch/train_v2.py" else "demo.json"
     with pytest.raises(Examined):
@@ -169,9 +169,9 @@ class Lines(list):
 
 
 @pytest.fixture
-def signs() -> tuple[Signs, Lines]:
+def signs() -> tuple[Monitor, Lines]:
     lines = Lines()
-    return Signs(CLASSES, 150, Accelerator(cpu=True), lines), lines
+    return Monitor(CLASSES, 150, Accelerator(cpu=True), lines), lines
 
 
 def pixels(*counts: int) -> torch.Tensor:
