@@ -35,7 +35,7 @@ SETTLED, LEAST_STEPS = 0.5, 100  # of the run, and steps: early predictions are 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """RunFacts about a run that its config does not state.
+    """What a config does not state about its run.
 
     Attributes:
         lr_floor: Smallest learning rate of the schedule.
