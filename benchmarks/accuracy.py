@@ -148,13 +148,14 @@ def train(arguments: list[str], folder: Path) -> dict[str, float]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Scores of the paper's own protocol at the last and the best step, and the last line of losses."""
+    """Scores by the paper's own protocol (at each evaluation, last, best), and the last line of losses."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    scores = [line["valid/miou"] for line in lines if "valid/miou" in line]
+    curve = [(line["step"], round(100 * line["valid/miou"], 2)) for line in lines if "valid/miou" in line]
     training = [line for line in lines if "loss" in line]
     return {
-        "miou_last": round(100 * scores[-1], 2),
-        "miou_best": round(100 * max(scores), 2),
+        "miou_last": curve[-1][1],
+        "miou_best": max(score for _, score in curve),
+        "curve": curve,
         "training": {key: round(value, 4) for key, value in training[-1].items()},
     }
 
@@ -208,6 +209,11 @@ def store(path: Path, result: dict[str, Any]) -> None:
     replace_file(path, "".join(json.dumps(result) + "\n" for result in results.values()))
 
 
+def run_folder(table: str, row: str, seed: int) -> Path:
+    """Folder of one run of a table."""
+    return Path("runs", "benchmarks", table, row.replace(" ", "_"), str(seed))
+
+
 def run_table(table: dict[str, Any], name: str, given: dict[str, str], seeds: Sequence[int]) -> None:
     """Measure every run of a table that is not stored."""
     path, shared = RESULTS / f"{name}.jsonl", table.get("set", {})
@@ -215,7 +221,7 @@ def run_table(table: dict[str, Any], name: str, given: dict[str, str], seeds: Se
     protocol = Protocol(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
     for row_name, row in table["rows"].items():
         for seed in seeds:
-            folder = Path("runs", "benchmarks", name, row_name.replace(" ", "_"), str(seed))
+            folder = run_folder(name, row_name, seed)
             stored = read_results(path).get((row_name, seed), {})
             if "before" in stored:
                 stored = {}
@@ -229,19 +235,21 @@ def run_table(table: dict[str, Any], name: str, given: dict[str, str], seeds: Se
             store(path, {"row": row_name, "seed": seed} | result)
 
 
-def summary(table: dict[str, Any], results: Results) -> Table:
-    """Mean and standard deviation over seeds; gains are paired by seed, with the standard error of their mean."""
+def summary(table: dict[str, Any], results: Results) -> tuple[list[list[str]], list[str]]:
+    """Mean and standard deviation over seeds; gains are paired by seed, with the standard error of their mean.
+
+    Returns:
+        The cells of each line, the first of which has the names of the columns, and notes on the scores.
+    """
     found = [result for (row, seed), result in results.items() if row in table["rows"] and seed in table["seeds"]]
     protocols = sorted({result["protocol"] for result in found if "protocol" in result})
     changes = sorted({result["before"] for result in found if "before" in result})
-    caption = ["All in %.", *(f"mIoU, gain and accuracy: last step, {protocol}, fp32." for protocol in protocols)]
-    caption += [f"* measured before this change: {change}" for change in changes]
+    notes = ["All in %.", *(f"mIoU, gain and accuracy: last step, {protocol}, fp32." for protocol in protocols)]
+    notes += [f"* measured before this change: {change}" for change in changes]
     has_second = any("also" in result for result in found)
-    shown = Table(caption="\n".join(caption), caption_justify="left")
     columns = ["row", "seeds", "mIoU", "gain over labels only", "pixel accuracy"]
     columns += [f"mIoU, {table['also']}", "gain there"] if has_second else []
-    for column in [*columns, "paper's protocol, last", "best", "seconds", "MB"]:
-        shown.add_column(column)
+    shown = [[*columns, "paper's protocol, last", "best", "seconds", "MB"]]
     for name in table["rows"]:
         lines = [results[name, seed] for seed in table["seeds"] if (name, seed) in results]
         mark = " *" if any("before" in line for line in lines) else ""
@@ -251,20 +259,30 @@ def summary(table: dict[str, Any], results: Results) -> Table:
             cells += [_spread(_miou(lines, "also")), gain(table, results, name, "also")]
         plain = [[line[key] for line in lines if key in line] for key in ("miou_last", "miou_best")]
         costs = [[line[key] for line in lines if key in line] for key in ("seconds", "peak_memory_mb")]
-        shown.add_row(*cells, *map(_spread, plain), *map(_rounded, costs))
-    return shown
+        shown.append([*cells, *map(_spread, plain), *map(_rounded, costs)])
+    return shown, notes
+
+
+def gains(table: dict[str, Any], results: Results, name: str, key: str) -> list[float]:
+    """Differences in mIoU of a row to its baseline, for each seed that both have, in percentage points."""
+    baseline = table["rows"][name]["baseline"]
+    pairs = [[results.get((row, seed), {}) for row in (name, baseline)] for seed in table["seeds"]]
+    both = [pair for pair in pairs if len(_miou(pair, key)) == 2]
+    return [first - second for first, second in (_miou(pair, key) for pair in both)]
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean of two or more values."""
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def gain(table: dict[str, Any], results: Results, name: str, key: str) -> str:
     """Mean difference of a row to its baseline over the seeds that both have, with its standard error."""
-    baseline = table["rows"][name]["baseline"]
-    pairs = [[results.get((row, seed), {}) for row in (name, baseline)] for seed in table["seeds"]]
-    both = [pair for pair in pairs if len(_miou(pair, key)) == 2]
-    gains = [first - second for first, second in (_miou(pair, key) for pair in both)]
-    if not gains:
+    values = gains(table, results, name, key)
+    if not values:
         return "-"
-    error = f" ± {statistics.stdev(gains) / math.sqrt(len(gains)):.1f}" if len(gains) > 1 else ""
-    return f"{statistics.mean(gains):+.1f}{error}"
+    error = f" ± {standard_error(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.1f}{error}"
 
 
 @report_errors
@@ -287,7 +305,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = dict(text.split("=", 1) for text in options.set)
     if not options.show:
         run_table(table, options.table.stem, given, options.seeds or table["seeds"])
-    Console().print(summary(table, read_results(RESULTS / f"{options.table.stem}.jsonl")))
+    (columns, *lines), notes = summary(table, read_results(RESULTS / f"{options.table.stem}.jsonl"))
+    shown = Table(*columns, caption="\n".join(notes), caption_justify="left")
+    for line in lines:
+        shown.add_row(*line)
+    Console().print(shown)
 
 
 def _with_baselines(rows: Rows) -> Rows:
