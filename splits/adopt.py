@@ -127,12 +127,15 @@ def _refuse_other(path: Path, summary: dict[str, Any] | None, kind: str, ids: li
     """Raise UserError if `ids` differ from those of `summary`, which may be None."""
     if summary is None or equals(summary, ids):
         return
-    counts = f"{path}: the {kind}list is not the published one ({len(ids)} ids, published: {summary['count']}"
     if summary["sha256"] is None:
         raise UserError(
-            f"{counts}): without a list of their own they are all other training images: complete the dataset"
+            f"{path}: {len(ids)} {kind}images, published: {summary['count']}; they are all other training images, so "
+            "those below --data-root must be complete"
         )
-    raise UserError(f"{counts}; the checksum differs): download it again, or move it to use it as your own")
+    raise UserError(
+        f"{path}: the {kind}list is not the published one ({len(ids)} ids, published: {summary['count']}; the"
+        " checksum differs): download it again, or move it to use it as your own"
+    )
 
 
 def _completed(path: Path, split: Split, reader: Reader | None) -> Split:
