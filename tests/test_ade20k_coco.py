@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from common.check_data import main as check_data
 from common.config import load_config
@@ -148,8 +149,15 @@ def test_coco_stuff_maps_lie_in_other_places_and_as_class_ids_too(tmp_path):
 def test_classes_are_named_in_the_order_of_the_publishers():
     assert [len(reader.classes) for reader in (ADE20K, COCO, COCOStuff)] == [150, 81, 171]
     assert all(len(set(reader.classes)) == len(reader.classes) for reader in (ADE20K, COCO, COCOStuff))
-    assert [ADE20K.classes[number - 1] for number in (1, 21, 90, 150)] == ["wall", "car", "television", "flag"]
-    assert [COCO.classes[number] for number in (0, 1, 12, 80)] == ["void", "person", "stop sign", "toothbrush"]
+    every_tenth = [ADE20K.classes[number - 1] for number in range(10, 160, 10)]  # of the publisher's objectInfo150.txt
+    assert every_tenth[:8] == ["grass", "chair", "field", "cushion", "fireplace", "stairway", "bench", "hovel"]
+    assert every_tenth[8:] == ["television", "buffet", "swimming pool", "ball", "dishwasher", "fan", "flag"]
+    things = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]  # by COCO's id
+    assert COCO.classes == ("void", *(name for name in things[1:] if name != "N/A"))
+    assert COCOStuff.classes[:80] == COCO.classes[1:]
+    every_tenth = [COCOStuff.classes[80 + number] for number in range(8, 91, 10)]  # ids 100, 110, ... of labels.txt
+    assert every_tenth[:5] == ["cardboard", "desk-stuff", "fog", "light", "pavement"]
+    assert every_tenth[5:] == ["rock", "solid-other", "vegetable", "window-blind"]
     for dataset, reader in {"ade20k": ADE20K, "coco": COCO, "coco_stuff": COCOStuff}.items():
         names, palette = named_classes(DataConfig(dataset, "nowhere"), len(reader.classes))
         assert names == reader.classes
