@@ -8,7 +8,8 @@ splits/published.json: lists at the path of a published split that differ from i
 name or as none. With --out the split is written there, as labeled_, unlabeled_ and valid_filename.txt.
 
 --dataset and --data-root are needed for lists published without validation images, which are then the dataset's own,
-and for orders of images, which number its sorted training images.
+for lists without unlabeled images, which are then all its other training images, and for orders of images, which number
+its sorted training images.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from common.datasets.reader import Reader
 from common.errors import UserError, report_errors
 from common.splits.lists import KINDS, find_lists, published_id, read_ids
 from common.splits.orders import read_order
-from common.splits.published import TEST_LIST, checksum, commands, entry_at, record, said_of, same_as
-from common.splits.split import Split, write_split
+from common.splits.published import TEST_LIST, checksum, commands, entry_at, equals, record, said_of, same_as
+from common.splits.split import Split, complete, no_unlabeled, write_split
 
 NEEDS_DATASET = "give the dataset with --dataset and --data-root"
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if path.is_file() and path.suffix != ".pkl" and find_lists(path) is None:
         _identify_list(path, args.out)
         return
-    split = read_order_split(path, args.labels, reader) if path.suffix == ".pkl" else read_lists(path)
+    split = read_order_split(path, args.labels, reader) if path.suffix == ".pkl" else read_lists(path, reader)
     _check_published(path, args.labels, split)
     print(f"{path}: {len(split.labeled)} labeled, {len(split.unlabeled)} unlabeled, {len(split.valid)} for validation")
     print(said_of(split.labeled, split.unlabeled))
@@ -56,16 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("path", help="published lists")
     parser.add_argument("--out", help="folder of the split that is written")
     parser.add_argument("--labels", type=int, help="number of labeled images in an order of images")
-    parser.add_argument("--dataset", choices=("voc", "cityscapes"))
+    parser.add_argument("--dataset", choices=("voc", "cityscapes", "ade20k", "coco", "coco_stuff"))
     parser.add_argument("--data-root", help="folder of the dataset")
     return parser
 
 
-def read_lists(path: Path) -> Split:
+def read_lists(path: Path, reader: Reader | None) -> Split:
     """Read the lists at `path`, without validation images if none were published.
 
     Raises:
-        UserError: there are no lists, or a line or an id is wrong.
+        UserError: there are no lists, a line or an id is wrong, or the unlabeled images depend on a missing dataset.
     """
     files = find_lists(path)
     if files is None:
@@ -76,7 +77,12 @@ def read_lists(path: Path) -> Split:
             else ", see splits/README.md for the supported ones"
         )
         raise UserError(f"no published lists at {path}{how}")
-    return Split(**{"valid": []} | files.names(published_id))
+    names = {"valid": []} | files.names(published_id)
+    if "unlabeled" not in names:
+        if reader is None:
+            raise UserError(f"{no_unlabeled(path)}: {NEEDS_DATASET}")
+        names["unlabeled"] = complete(reader, names["labeled"], names["valid"] or None).unlabeled
+    return Split(**names)
 
 
 def read_order_split(path: Path, labels: int | None, reader: Reader | None) -> Split:
@@ -119,11 +125,17 @@ def _check_published(path: Path, labels: int | None, split: Split) -> None:
 
 def _refuse_other(path: Path, summary: dict[str, Any] | None, kind: str, ids: list[str]) -> None:
     """Raise UserError if `ids` differ from those of `summary`, which may be None."""
-    if summary and checksum(ids) != summary["sha256"]:
+    if summary is None or equals(summary, ids):
+        return
+    if summary["sha256"] is None:
         raise UserError(
-            f"{path}: the {kind}list is not the published one ({len(ids)} ids, published: {summary['count']}; the"
-            " checksum differs): download it again, or move it to use it as your own"
+            f"{path}: {len(ids)} {kind}images, published: {summary['count']}; they are all other training images, so "
+            "those below --data-root must be complete"
         )
+    raise UserError(
+        f"{path}: the {kind}list is not the published one ({len(ids)} ids, published: {summary['count']}; the"
+        " checksum differs): download it again, or move it to use it as your own"
+    )
 
 
 def _completed(path: Path, split: Split, reader: Reader | None) -> Split:

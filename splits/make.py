@@ -40,6 +40,7 @@ from common.splits.split import (
     write_split,
 )
 
+DATASETS = ("voc", "cityscapes", "ade20k", "coco", "coco_stuff", "folder", "shapes")
 METHOD_HELP = "class-covering by default for the built-in data, else random"
 
 
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, choices=("voc", "cityscapes", "folder", "shapes"))
+    parser.add_argument("--dataset", required=True, choices=DATASETS)
     parser.add_argument("--data-root", required=True, help="folder of the dataset")
     parser.add_argument(
         "--labels", required=True, help="number of labeled images, or their share of those with a label: 1/8"

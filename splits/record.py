@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, report_errors
-from common.splits.lists import find_lists, published_id, read_ids
+from common.splits.lists import KINDS, find_lists, published_id, read_ids
 from common.splits.orders import read_order
 from common.splits.published import SAME_LIST, SHARED_ID, TEST_LIST, checksum
 
@@ -26,6 +26,7 @@ REPOSITORIES = {
     "TorchSemiSeg": "https://github.com/charlesCXK/TorchSemiSeg",
     "SemiSeg-Contrastive": "https://github.com/Shathe/SemiSeg-Contrastive",
     "UniMatch": "https://github.com/LiheYoung/UniMatch",
+    "UniMatch-V2": "https://github.com/LiheYoung/UniMatch-V2",
     "reco": "https://github.com/lorenmt/reco",
 }
 
@@ -37,8 +38,9 @@ class Splits:
     Attributes:
         repository: Name of the repository.
         path: Pattern of the paths given to splits/adopt.py.
-        dataset: voc or cityscapes.
-        whole: Name of the list that labeled and unlabeled images make together.
+        dataset: As in `data.dataset`.
+        whole: Name of the list that labeled and unlabeled images make together; the number of its images if it is not
+            at hand, where the unlabeled images are all that are not labeled.
         place: Folder where configs expect the splits; it replaces `fixed` in their paths.
         fixed: First part of the paths.
         known: Defects that the splits may have; others are an error.
@@ -48,7 +50,7 @@ class Splits:
     repository: str
     path: str
     dataset: str
-    whole: str
+    whole: str | int
     place: str
     fixed: str
     known: tuple[str, ...] = ()
@@ -85,6 +87,8 @@ SPLITS = (
     Splits("TorchSemiSeg", "DATA/city/config_new/subset_train/*_labeled_*.txt", "cityscapes", "train", "data", "DATA"),
     Splits("UniMatch", "splits/pascal/*/labeled.txt", "voc", "train_aug", "splits/unimatch", "splits"),
     Splits("UniMatch", "splits/cityscapes/*/labeled.txt", "cityscapes", "train", "splits/unimatch", "splits"),
+    Splits("UniMatch", "splits/coco/*/labeled.txt", "coco", 118_287, "splits/unimatch", "splits"),
+    Splits("UniMatch-V2", "splits/ade20k/*/labeled.txt", "ade20k", "train", "splits/unimatch", "splits"),
     Splits(
         "SemiSeg-Contrastive",
         "splits/voc/*.pkl",
@@ -135,10 +139,15 @@ LISTS = {
             for count in (3000, 6000, 9000)
         },
     },
+    "ade20k": {"val": ("UniMatch-V2/splits/ade20k/val.txt",)},
+    "coco": {"val": ("UniMatch/splits/coco/val.txt",)},
 }
 
+# Ids that are numbered from 1: their pattern and number.
+NUMBERED = {"ade20k": {"train": ("ADE_train_{:08d}", 20_210), "val": ("ADE_val_{:08d}", 2_000)}}
+
 # Where configs expect the first of these.
-PLACES = {"voc": {name: f"data/pascal_voc/{name}.txt" for name in ("train_aug", "train")}, "cityscapes": {}}
+PLACES = {"voc": {name: f"data/pascal_voc/{name}.txt" for name in ("train_aug", "train")}}
 
 
 @report_errors
@@ -159,14 +168,17 @@ def record_of(folder: Path) -> dict[str, Any]:
     wholes: dict[str, dict[str, list[str]]] = {}
     lists = []
     for dataset, named in LISTS.items():
-        wholes[dataset] = {}
+        numbered = NUMBERED.get(dataset, {})
+        wholes[dataset] = {
+            name: [pattern.format(number + 1) for number in range(count)] for name, (pattern, count) in numbered.items()
+        }
         for name, paths in named.items():
             for path in paths:
                 ids = read_ids(files_of(folder, path)[path], published_id)
                 if set(ids) != set(wholes[dataset].setdefault(name, ids)):
-                    raise UserError(f"{path} does not contain the images of {paths[0]}")
+                    raise UserError(f"{path} does not contain the images of {dataset}'s {name} list")
                 lists.append({"name": path, "dataset": dataset, "list": name, **_summary(ids)})
-            if name in PLACES[dataset]:
+            if name in PLACES.get(dataset, ()):
                 lists[-len(paths)]["place"] = PLACES[dataset][name]
     splits = [entry for kept in SPLITS for entry in _entries(folder, kept, wholes[kept.dataset])]
     return {"repositories": REPOSITORIES, "lists": lists, "splits": splits}
@@ -208,36 +220,54 @@ def _entries(folder: Path, kept: Splits, wholes: dict[str, list[str]]) -> Iterat
                 yield _entry(name, kept, wholes, *split) | {"labels": labels, "place": place}
             continue
         lists = find_lists(file.parent if file.name == "labeled.txt" else file).names(published_id)
-        yield _entry(name, kept, wholes, lists["labeled"], lists["unlabeled"], lists.get("valid")) | {"place": place}
+        yield _entry(name, kept, wholes, *(lists.get(kind) for kind in KINDS)) | {"place": place}
 
 
 def _entry(
-    name: str, kept: Splits, wholes: dict[str, list[str]], labeled: list[str], unlabeled: list[str], valid: list | None
+    name: str,
+    kept: Splits,
+    wholes: dict[str, list[str]],
+    labeled: list[str],
+    unlabeled: list[str] | None,
+    valid: list[str] | None,
 ) -> dict[str, Any]:
-    defects = []
-    if both := set(labeled) & set(unlabeled):
-        defects.append(
-            SAME_LIST
-            if set(labeled) == set(unlabeled)
-            else SHARED_ID
-            if len(both) == 1
-            else f"{len(both)} images are labeled and unlabeled"
-        )
-    if set(labeled) | set(unlabeled) != set(wholes[kept.whole]):
-        defects.append(f"not the {len(wholes[kept.whole])} images of {kept.whole}")
+    defects = [*_overlap(labeled, unlabeled or ()), *_gaps(kept.whole, wholes, labeled, unlabeled)]
     if valid is not None and set(valid) != set(wholes["val"]):
         defects.append(TEST_LIST if set(valid) == set(wholes.get("test", ())) else "not the validation images")
     if unknown := set(defects) - set(kept.known):
         raise UserError(f"{name}: {', '.join(sorted(unknown))}: not a known defect of these lists")
+    others = {"count": kept.whole - len(labeled), "sha256": None} if isinstance(kept.whole, int) else None
     return {
         "name": name,
         "dataset": kept.dataset,
         "whole": kept.whole,
         "labeled": _summary(labeled),
-        "unlabeled": _summary(unlabeled),
+        "unlabeled": others or _summary(unlabeled),
         "valid": None if valid is None else _summary(valid),
         "defects": defects,
     }
+
+
+def _overlap(labeled: Sequence[str], unlabeled: Sequence[str]) -> list[str]:
+    """Defect of lists that share images."""
+    both = set(labeled) & set(unlabeled)
+    if not both:
+        return []
+    if set(labeled) == set(unlabeled):
+        return [SAME_LIST]
+    return [SHARED_ID if len(both) == 1 else f"{len(both)} images are labeled and unlabeled"]
+
+
+def _gaps(
+    whole: str | int, wholes: dict[str, list[str]], labeled: Sequence[str], unlabeled: Sequence[str] | None
+) -> list[str]:
+    """Defect of lists that are not together the training images."""
+    if unlabeled is None:
+        return [] if isinstance(whole, int) else ["no unlabeled list"]
+    together = set(labeled) | set(unlabeled)
+    if isinstance(whole, int):
+        return [] if len(together) == whole else [f"not the {whole} training images"]
+    return [] if together == set(wholes[whole]) else [f"not the {len(wholes[whole])} images of {whole}"]
 
 
 def _summary(ids: Sequence[str]) -> dict[str, Any]:

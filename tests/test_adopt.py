@@ -4,6 +4,7 @@ import json
 import pickle
 import shlex
 import subprocess
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from common.config.sections import DataConfig
 from common.datasets import open_reader
+from common.datasets.ade20k import FOLDERS
 from common.errors import UserError
 from common.splits.lists import find_lists, published_id
 from common.splits.published import checksum, commands, record, said_of
@@ -93,9 +95,13 @@ def fake_tree(root: Path, dataset: str, train: list[str], val: list[str]) -> Non
         return
     for subset, ids in (("train", train), ("val", val)):
         for name in ids:
-            path = root / "leftImg8bit" / subset / name.split("_")[0] / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            path = {
+                "cityscapes": f"leftImg8bit/{subset}/{name.split('_')[0]}/{name}.png",
+                "ade20k": f"images/{FOLDERS[subset]}/{name}.jpg",
+                "coco": f"{subset}2017/{name}.jpg",
+            }[dataset]
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).touch()
 
 
 @pytest.mark.parametrize(("dataset", "ids"), [("voc", VOC), ("cityscapes", CITY)])
@@ -305,15 +311,28 @@ def clones(lists_folder, tmp_path_factory) -> Path:
         if not link.exists():
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(lists_folder / repository / parts[start])
-    for dataset, whole in (("voc", "train_aug"), ("cityscapes", "train")):
+    for dataset, whole in (("voc", "train_aug"), ("cityscapes", "train"), ("ade20k", None), ("coco", None)):
         lists = {
             e["list"]: folder / "published" / e["name"] for e in record()["lists"][::-1] if e["dataset"] == dataset
         }
-        names = [
-            [published_id(line.split()[0]) for line in lists[kind].read_text().splitlines()] for kind in (whole, "val")
-        ]
-        fake_tree(folder / "trees" / dataset, dataset, *names)
+        train = ids_of(lists[whole]) if whole else TRAIN[dataset](folder / "published")
+        fake_tree(folder / "trees" / dataset, dataset, train, ids_of(lists["val"]))
     return folder
+
+
+def ids_of(path: Path) -> list[str]:
+    return [published_id(line.split()[0]) for line in path.read_text().splitlines()]
+
+
+def coco_train(lists: Path) -> list[str]:
+    """The labeled images of all published splits, and others up to the number of training images."""
+    labeled = {name for path in lists.glob("UniMatch/splits/coco/*/labeled.txt") for name in ids_of(path)}
+    others = (f"{number:012d}" for number in range(10**6, 10**7))
+    return sorted(labeled) + list(islice(others, 118_287 - len(labeled)))
+
+
+# Training images of datasets of which no complete list was published.
+TRAIN = {"ade20k": lambda lists: [f"ADE_train_{number:08d}" for number in range(1, 20_211)], "coco": coco_train}
 
 
 @pytest.mark.parametrize("repository", sorted(record()["repositories"]))

@@ -140,7 +140,7 @@ def changed(section: str, key: str, value) -> dict:
         (changed("data", "crop_size", [64]), r"^data\.crop_size is \[64\]; it must be a list of 2 values$"),
         (changed("data", "crop_size", [2, 2]), r"^data\.crop_size is 2; it must be .* between 16 and 16384$"),
         (changed("data", "scale_range", [1.0, 1e300]), r"is 1e\+300; it must be .* between 0\.000976562 and 64$"),
-        (changed("data", "dataset", "ade20k"), r"^data\.dataset is ade20k; it must be one of voc, pascal, .*, shapes$"),
+        (changed("data", "dataset", "kitti"), r"^data\.dataset is kitti; it must be one of voc, pascal, .*, shapes$"),
         (changed("data", "scale_range", [2.0, 1.0]), r"^data\.scale_range is \[2\.0, 1\.0\]; give the smaller one"),
         (changed("model", "pretrained", 3), r"^model\.pretrained is 3; it must be true or false or a string$"),
         (changed("run", "trackers", "tensorboard"), r"^run\.trackers is tensorboard; it must be a list$"),

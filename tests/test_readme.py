@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.datasets.ade20k import ADE20K
 from common.datasets.cityscapes import Cityscapes
+from common.datasets.coco import COCO
 from common.datasets.shapes import make_shapes
 from common.datasets.voc import VOC
 from common.splits.split import Split, write_split
 from tests.conftest import SCRIPTS, method_flags
 from tests.helpers.commands import SMALL_MODEL, run_python, without_launcher
+from tests.test_ade20k_coco import ade20k, coco
 
 ROOT = Path(__file__).parent.parent
 # The commands of these go together: test_your_data.py and test_add_a_paper.py run them.
@@ -60,6 +63,9 @@ def project(tmp_path_factory) -> Path:
     shutil.copy(ROOT / "docs" / "results.md", folder / "docs")
     (folder / "splits").unlink()
     shutil.copytree(ROOT / "splits", folder / "splits")
+    ade20k(folder / "data" / "ADEChallengeData2016")
+    coco(folder / "data" / "coco")
+    coco(folder / "data" / "coco", stuff=True)
     write_cac_lists(folder)
     write_cps_lists(folder / "data")
     write_orders(folder)
@@ -145,8 +151,16 @@ def write_cps_lists(data: Path) -> None:
 def write_unimatch_lists(folder: Path) -> None:
     """Lists as UniMatch published them, for the small data."""
     voc, city = VOC(folder / "data/VOCdevkit/VOC2012"), Cityscapes(folder / "data/cityscapes")
-    for source, name in ((voc, "pascal/366"), (city, "cityscapes/1_8")):
-        lists, train = folder / "splits" / "unimatch" / name, source.names("train")
+    ade, coco = ADE20K(folder / "data/ADEChallengeData2016"), COCO(folder / "data/coco")
+    for source, place in (
+        (voc, "splits/unimatch/pascal/366"),
+        (city, "splits/unimatch/cityscapes/1_8"),
+        (ade, "splits/unimatch/ade20k/1_8"),
+        (coco, "splits/unimatch/coco/1_128"),
+        (ade, "published/UniMatch-V2/splits/ade20k/1_8"),
+        (coco, "published/UniMatch/splits/coco/1_128"),
+    ):
+        lists, train = folder / place, source.names("train")
         lists.mkdir(parents=True)
         for file, names in (("labeled", train[:6]), ("unlabeled", train[6:]), ("../val", source.names("val"))):
             lines = [f"/images/{one}.jpg /labels/{one}.png" for one in names]

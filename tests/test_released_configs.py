@@ -539,6 +539,22 @@ backbone: resnet101
 replace_stride_with_dilation: [False, False, True]
 dilations: [6, 12, 18]
 """
+# Released with Xception-65, which is not built here.
+UNIMATCH_COCO = """
+dataset: coco
+nclass: 81
+crop_size: 513
+data_root: Your/COCO/Path
+epochs: 30
+batch_size: 2
+lr: 0.004
+lr_multi: 10.0
+criterion: {name: CELoss, kwargs: {ignore_index: 255}}
+conf_thresh: 0.95
+backbone: resnet101
+replace_stride_with_dilation: [False, False, True]
+dilations: [6, 12, 18]
+"""
 UNIMATCH_V2_CITY = """
 dataset: cityscapes
 data_root: Your/Cityscapes/Path
@@ -554,13 +570,46 @@ model: dpt
 backbone: dinov2_small
 lock_backbone: False
 """
+UNIMATCH_V2_ADE20K = """
+dataset: ade20k
+data_root: Your/ADE20K/Path
+nclass: 150
+crop_size: 518
+epochs: 60
+batch_size: 2
+lr: 0.000005
+lr_multi: 40.0
+criterion: {name: CELoss, kwargs: {ignore_index: 255}}
+conf_thresh: 0.95
+model: dpt
+backbone: dinov2_small
+lock_backbone: False
+"""
+UNIMATCH_V2_COCO = """
+dataset: coco
+data_root: Your/COCO/Path
+nclass: 81
+crop_size: 518
+epochs: 20
+batch_size: 4
+lr: 0.000005
+lr_multi: 40.0
+criterion: {name: CELoss, kwargs: {ignore_index: 255}}
+conf_thresh: 0.95
+model: dpt
+backbone: dinov2_base
+lock_backbone: False
+"""
 
 
 @pytest.mark.parametrize(
     ("text", "script", "name"),
     [
         (UNIMATCH, "unimatch/train.py", "pascal_unimatch_resnet101"),
+        (UNIMATCH_COCO, "unimatch/train.py", "coco_unimatch_resnet101"),
         (UNIMATCH_V2_CITY, "unimatch/train_v2.py", "cityscapes_unimatch_v2_dinov2_small"),
+        (UNIMATCH_V2_ADE20K, "unimatch/train_v2.py", "ade20k_unimatch_v2_dinov2_small"),
+        (UNIMATCH_V2_COCO, "unimatch/train_v2.py", "coco_unimatch_v2_dinov2_base"),
     ],
 )
 def test_files_of_unimatch_are_our_configs(tmp_path, text, script, name):
@@ -571,6 +620,11 @@ def test_files_of_unimatch_are_our_configs(tmp_path, text, script, name):
     assert theirs == ours
 
 
+def test_the_released_file_of_ade20k_freezes_the_encoder(tmp_path):
+    file = yaml_file(tmp_path, UNIMATCH_V2_ADE20K, {"lock_backbone: False": "lock_backbone: True"})
+    assert read(unimatch.config.Config, "unimatch/train_v2.py", file).model.freeze_encoder
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -579,7 +633,7 @@ def test_files_of_unimatch_are_our_configs(tmp_path, text, script, name):
         ({"lr: 0.001": "lr: fast"}, "both must be numbers above 0"),
         ({"ignore_index: 255": "ignore_index: 0"}, "support only 255"),
         ({"batch_size: 2": "batch_size: 0"}, "whole number above 0"),
-        ({"dataset: pascal": "dataset: coco"}, "dataset is 'coco'"),
+        ({"dataset: pascal": "dataset: mapillary"}, "dataset is 'mapillary'; the release supports pascal, cityscapes"),
     ],
 )
 def test_files_of_unimatch_that_cannot_be_followed_are_refused(tmp_path, change, message):

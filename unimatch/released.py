@@ -27,6 +27,12 @@ DATASETS: dict[str, Settings] = {
         "data.split": "splits/unimatch/cityscapes/1_8",
         "method.sliding_window": True,
     },
+    "ade20k": {
+        "data.dataset": "ade20k",
+        "data.root": "data/ADEChallengeData2016",
+        "data.split": "splits/unimatch/ade20k/1_8",
+    },
+    "coco": {"data.dataset": "coco", "data.root": "data/coco", "data.split": "splits/unimatch/coco/1_128"},
 }
 RESNETS = {
     name: {"model.backbone": name, "model.stem": "deep", "model.pretrained": True} for name in ("resnet50", "resnet101")
@@ -153,8 +159,12 @@ RELEASE = Release(
     configs={
         ("v3plus_unimatch", 21): "unimatch/configs/pascal_unimatch_resnet101.json",
         ("v3plus_unimatch", 19): "unimatch/configs/cityscapes_unimatch_resnet101.json",
+        ("v3plus_unimatch", 150): "unimatch/configs/ade20k_unimatch_resnet101.json",
+        ("v3plus_unimatch", 81): "unimatch/configs/coco_unimatch_resnet101.json",
         ("dpt", 21): "unimatch/configs/pascal_unimatch_v2_dinov2_base.json",
         ("dpt", 19): "unimatch/configs/cityscapes_unimatch_v2_dinov2_base.json",
+        ("dpt", 150): "unimatch/configs/ade20k_unimatch_v2_dinov2_base.json",
+        ("dpt", 81): "unimatch/configs/coco_unimatch_v2_dinov2_base.json",
     },
     entries=("model_ema", "model"),
     heads=UNIMATCH_V2_UNUSED,

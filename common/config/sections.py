@@ -33,7 +33,8 @@ class DataConfig:
 
     Args:
         dataset: Layout of the dataset below `root`: `voc` (also accepted as `pascal` and `pascal_voc`), `cityscapes`,
-            `gta5`, `folder` (your own data, docs/your_data.md), or `shapes`, a built-in dataset drawn on first use.
+            `gta5`, `ade20k`, `coco` (81 classes), `coco_stuff` (171), `folder` (your own data, docs/your_data.md), or
+            `shapes`, a built-in dataset drawn on first use.
         root: Folder of the dataset.
         split: Folder with labeled_filename.txt, unlabeled_filename.txt and valid_filename.txt, or with lists in one of
             the published formats (docs/data.md). Give one of `split`, `labeled_list` and `split_id`.
@@ -57,7 +58,9 @@ class DataConfig:
             dataset `folder`.
     """
 
-    dataset: Literal["voc", "pascal", "pascal_voc", "cityscapes", "gta5", "folder", "shapes"]
+    dataset: Literal[
+        "voc", "pascal", "pascal_voc", "cityscapes", "gta5", "ade20k", "coco", "coco_stuff", "folder", "shapes"
+    ]
     root: str
     split: Optional[str] = None
     labeled_list: Optional[str] = None

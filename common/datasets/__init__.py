@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from common.config.sections import DataConfig
+from common.datasets.ade20k import ADE20K
 from common.datasets.cityscapes import Cityscapes
+from common.datasets.coco import COCO, COCOStuff
 from common.datasets.folder import Folder
 from common.datasets.gta5 import GTA5
 from common.datasets.reader import Reader
@@ -17,6 +19,15 @@ from common.errors import UserError
 
 __all__ = ["Reader", "named_classes", "open_reader", "open_source_domain"]
 
+PUBLIC: dict[str, type[Reader]] = {
+    "voc": VOC,
+    "cityscapes": Cityscapes,
+    "gta5": GTA5,
+    "ade20k": ADE20K,
+    "coco": COCO,
+    "coco_stuff": COCOStuff,
+}
+
 
 def open_reader(data: DataConfig) -> Reader:
     """Open the dataset of a config's `data` section. The built-in data (`shapes`) are made on first use.
@@ -24,12 +35,8 @@ def open_reader(data: DataConfig) -> Reader:
     Raises:
         UserError: the tree is not found.
     """
-    if data.dataset == "voc":
-        return VOC(data.root)
-    if data.dataset == "cityscapes":
-        return Cityscapes(data.root)
-    if data.dataset == "gta5":
-        return GTA5(data.root)
+    if data.dataset in PUBLIC:
+        return PUBLIC[data.dataset](data.root)
     if data.dataset == "folder":
         return Folder(data.root, data.image_dir, data.label_dir, data.classes)
     root = Path(data.root).expanduser()
@@ -43,9 +50,9 @@ def named_classes(data: DataConfig, num_classes: int) -> tuple[tuple[str, ...], 
 
     Names are `class 0`, `class 1`, ... if the number of classes is not that of the dataset.
     """
-    known = {"cityscapes": (Cityscapes.classes, Cityscapes.palette), "gta5": (GTA5.classes, GTA5.palette)}
-    names, palette = known.get(data.dataset, (VOC_CLASSES, VOC.palette))
-    return (names if len(names) == num_classes else tuple(f"class {i}" for i in range(num_classes))), palette
+    reader = PUBLIC.get(data.dataset, VOC)
+    names = VOC_CLASSES if reader is VOC else reader.classes
+    return (names if len(names) == num_classes else tuple(f"class {i}" for i in range(num_classes))), reader.palette
 
 
 def open_source_domain(data: DataConfig, dataset: str, root: str | None) -> Reader:

@@ -30,6 +30,7 @@ FEW_CONFIDENT = 0.01  # of the unlabeled pixels
 ONE_CLASS = 0.95  # of the pseudo-labels
 COMMON_CLASS = 0.9  # of the labels: a class this common may well be that common among pseudo-labels
 LABELS_READ = 500  # labels that are read for the classes they show
+NAMES_SHOWN = 12  # of classes in a warning
 SETTLED, LEAST_STEPS = 0.5, 100  # of the run, and steps: early predictions are unreliable
 
 
@@ -79,7 +80,7 @@ def startup_warnings(
     missing = [name for name, there in zip(class_names, shown or ()) if not there]
     if missing:
         signs.append(
-            f"no labeled image shows {', '.join(missing)}: the network cannot learn "
+            f"no labeled image shows {_listed(missing)}: the network cannot learn "
             f"{'it' if len(missing) == 1 else 'them'}; add labels, or draw another split (data.split)"
         )
     signs += _small_crops(config)
@@ -191,7 +192,7 @@ class Monitor(nn.Module):
         if lost and self._is_settled(step):
             self._warn(
                 "not_predicted",
-                f"labels show {', '.join(lost)}, but the network has not predicted them since the last evaluation; set "
+                f"labels show {_listed(lost)}, but the network has not predicted them since the last evaluation; set "
                 "data.class_balanced true, or optim.supervised_loss ce+dice",
             )
         return lost
@@ -232,6 +233,12 @@ class Monitor(nn.Module):
         if sign not in self._warned:
             self._warned.add(sign)
             self._log.print(f"warning: {text}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names of classes in one line, which 171 classes would not fit."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more classes" if more > 0 else "")
 
 
 def _unreached(section: Any, total: int, skipped: Collection[str], prefix: str = "") -> Iterator[str]:

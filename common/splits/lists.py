@@ -4,7 +4,8 @@ Supported, with any folder names:
 
 - a folder of {labeled,unlabeled,valid}_filename.txt, one id per line: this project's own layout, which is that of PRCL
   and CSS;
-- a folder of {labeled,unlabeled}.txt, with val.txt beside the folder (UniMatch, U2PL);
+- a folder of {labeled,unlabeled}.txt, with val.txt beside the folder (UniMatch, U2PL); without unlabeled.txt, all other
+  training images of the dataset are unlabeled;
 - <folder>/<n>, for <n>_train_supervised.txt, <n>_train_unsupervised.txt and val.txt in that folder (CAC);
 - a file with `labeled_` in its name beside a file with `unlabeled_`; optionally val.txt beside them or one folder up
   (CPS and CPCL, also PseudoSeg's lists).
@@ -31,7 +32,8 @@ class ListFiles:
     """Files of a split.
 
     Attributes:
-        paths: Path by kind; without `valid` if no such list was published.
+        paths: Path by kind; without `valid` if no such list was published, without `unlabeled` if all other training
+            images are unlabeled.
         read: Function that reads the ids of a list, given its path and a function from an image's path to its id.
     """
 
@@ -46,7 +48,8 @@ class ListFiles:
 def find_lists(path: Path) -> ListFiles | None:
     """Find the files of the split at `path`; None if there are none. Some files of a split may be missing."""
     if (path / "labeled.txt").is_file():
-        return _files(path / "labeled.txt", path / "unlabeled.txt", path.parent / "val.txt")
+        unlabeled = path / "unlabeled.txt"
+        return _files(path / "labeled.txt", unlabeled if unlabeled.is_file() else None, path.parent / "val.txt")
     if path.is_dir():
         return ListFiles({kind: path / f"{kind}_filename.txt" for kind in KINDS}, _read_own)
     if path.name.endswith("_train_supervised.txt"):
@@ -60,9 +63,9 @@ def find_lists(path: Path) -> ListFiles | None:
     return None
 
 
-def _files(labeled: Path, unlabeled: Path, *valid: Path) -> ListFiles:
+def _files(labeled: Path, unlabeled: Path | None, *valid: Path) -> ListFiles:
     """Lists of ids or of paths; for validation the first of `valid` that exists, if any."""
-    paths = {"labeled": labeled, "unlabeled": unlabeled}
+    paths = {"labeled": labeled} | ({} if unlabeled is None else {"unlabeled": unlabeled})
     found = next((path for path in valid if path.is_file()), None)
     return ListFiles(paths if found is None else paths | {"valid": found}, read_ids)
 

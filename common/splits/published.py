@@ -46,8 +46,17 @@ def entry_at(path: str | Path, labels: int | None = None) -> dict[str, Any] | No
 
 def same_as(labeled: Sequence[str], unlabeled: Sequence[str]) -> list[dict[str, Any]]:
     """Published splits with exactly these ids; some are shared by several papers."""
-    sums = (checksum(labeled), checksum(unlabeled))
-    return [each for each in record()["splits"] if (each["labeled"]["sha256"], each["unlabeled"]["sha256"]) == sums]
+    lists = [(kind, len(ids), checksum(ids)) for kind, ids in (("labeled", labeled), ("unlabeled", unlabeled))]
+    return [entry for entry in record()["splits"] if all(_is(entry[kind], *summary) for kind, *summary in lists)]
+
+
+def equals(published: dict[str, Any], ids: Sequence[str]) -> bool:
+    """Are these the ids of a published list? A list whose checksum is not recorded is compared by their number."""
+    return _is(published, len(ids), checksum(ids))
+
+
+def _is(published: dict[str, Any], count: int, sha256: str) -> bool:
+    return published["count"] == count and published["sha256"] in (sha256, None)
 
 
 def said_of(labeled: Sequence[str], unlabeled: Sequence[str]) -> str:
@@ -84,7 +93,7 @@ def commands(entry: dict[str, Any], root: str, place: str | Path) -> str:
             lines[-1] += f" --labels {entry['labels']}{dataset}"
     else:
         lines += [f"python splits/adopt.py {CLONES}/{entry['name']} --out {place}"]
-        if TEST_LIST in entry["defects"]:
+        if TEST_LIST in entry["defects"] or entry["unlabeled"]["sha256"] is None:
             lines[-1] += dataset
     return "\n".join(f"  {line}" for line in lines)
 

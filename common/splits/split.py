@@ -94,7 +94,8 @@ def read_split(
         allow_overlap: Accept images that are labeled and unlabeled; labels of the unlabeled list are never opened.
         dataset: Kind of the dataset, for the commands that are printed if the split is missing.
         root: Folder of the dataset, for the same commands.
-        reader: Reader of the dataset, whose own validation images replace a list that was not published.
+        reader: Reader of the dataset, whose own validation images and whose other training images replace a list for
+            validation and an unlabeled list that were not published.
 
     Raises:
         UserError: a list is missing or empty (an empty unlabeled list is accepted), a line is not an id, an id is
@@ -109,6 +110,10 @@ def read_split(
         if reader is None:
             raise UserError(f"{folder}: no list for validation was published with it: give --dataset and --data-root")
         names["valid"] = reader.names("val")
+    if "unlabeled" not in names:
+        if reader is None:
+            raise UserError(f"{no_unlabeled(folder)}: give --dataset and --data-root")
+        names["unlabeled"] = complete(reader, names["labeled"], names["valid"]).unlabeled
     return _checked(Split(**names), folder, lambda kind: files.paths.get(kind, folder), allow_overlap)
 
 
@@ -149,6 +154,11 @@ def write_split(folder: str | Path, split: Split) -> None:
             # Another process was faster; its lists must be the same.
             if not _holds(folder, split):
                 raise
+
+
+def no_unlabeled(folder: Path) -> str:
+    """Explanation for a published split without an unlabeled list."""
+    return f"no list {folder / 'unlabeled.txt'}, so all other training images of the dataset are unlabeled"
 
 
 def complete(reader: Reader, labeled: Sequence[str], valid: Sequence[str] | None = None) -> Split:

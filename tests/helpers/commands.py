@@ -20,6 +20,7 @@ from tests.helpers.narrow import NARROW
 
 LAUNCHER = re.compile(r"^(accelerate launch|torchrun|python)( --\S+( [\w.]+)?)*? (?=\S+\.py|-m )")
 SMALL_MODEL = ["--model.backbone", NARROW, "--model.channels", "8", "--model.pretrained", "false"]
+SMALL_MODEL += ["--model.dinov2_positions", "false"]
 
 
 @dataclass(frozen=True)
