@@ -13,7 +13,7 @@ from PIL import Image
 from common.config import load_config
 from common.config.sections import DataConfig
 from common.datasets import open_reader
-from common.datasets.folder import read_classes
+from common.datasets.class_list import read_classes
 from common.errors import UserError
 from common.splits.split import read_split
 from splits.make import main as make
