@@ -163,7 +163,7 @@ def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatc
         ),
         (
             lambda mine: [path.rename(path.with_suffix(".jpg")) for path in (mine / "masks").iterdir()],
-            "no image has a label: a label is a PNG",
+            r"no image has a label: a mask has the name of its image; .*masks/\{name\}_mask\.png",
         ),
         (lambda mine: (mine / "photos").rename(mine / "pictures"), "no images in .*photos"),
     ],
