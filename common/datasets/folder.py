@@ -1,5 +1,6 @@
 """A dataset of one's own: images and masks of many kinds in any folders, with any names."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ class Folder(Reader):
     ) -> None:
         root = existing_root(root)
         self._root, self._image_pattern, self._label_pattern = root, images, labels
-        self._list_path = root / classes
+        # Without `..`, which would leave the target of a link instead of the folder that holds the link.
+        self._list_path = Path(os.path.normpath(root / classes))
         self._list = read_classes(self._list_path)
         self.classes = self._list.names
         self.palette = voc_palette()
@@ -95,6 +97,11 @@ class Folder(Reader):
                 f" or put {SUBSET_FIELD} in data.image_dir"
             )
         return sorted(val)
+
+    @property
+    def class_file(self) -> Path:
+        """The class list."""
+        return self._list_path
 
     @property
     def has_subsets(self) -> bool:

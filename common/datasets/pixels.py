@@ -94,6 +94,15 @@ def _is_deep(picture: Image.Image) -> bool:
     return picture.mode == "F" or picture.mode.startswith("I")
 
 
+def has_more_than_8_bits(path: Path) -> bool:
+    """Does the header of an image promise more than 8 bits per channel? Raises the errors of Pillow."""
+    try:
+        with Image.open(path) as picture:
+            return _is_deep(picture) or _loses_bits(picture)
+    except UnidentifiedImageError:
+        return path.suffix.lower() in TIFF_SUFFIXES  # tifffile reads those that Pillow does not
+
+
 def _loses_bits(picture: Image.Image) -> bool:
     """Does Pillow decode 16-bit colors to 8 bits?"""
     return ";16" in raw_mode(picture)
