@@ -187,12 +187,20 @@ def _kind(root: Path, suffix: str, samples: Sequence[str]) -> str | None:
     if suffix in PHOTO_SUFFIXES:
         return PHOTO
     path = PurePosixPath(samples[0])
-    for text in (path.stem, *reversed(path.parent.parts)):  # the name counts before the folders
-        words = re.findall(r"[a-z]+", text.lower())
-        is_mask, is_photo = (any(word.startswith(known) for word in words) for known in (MASK_WORDS, PHOTO_WORDS))
-        if is_mask != is_photo:
-            return MASK if is_mask else PHOTO
+    end = re.sub(r"^.*\d", "", path.stem)
+    start = path.stem.removesuffix(end)
+    # A photo's word at the start of a name counts last: the mask of IMG_1.jpg is masks/IMG_1.png.
+    for text in (end, *([start] if _named(start) == MASK else []), *reversed(path.parent.parts), start):
+        if kind := _named(text):
+            return kind
     return MASK if all(_has_few_colors(root / sample) for sample in samples) else PHOTO
+
+
+def _named(text: str) -> str | None:
+    """Kind that the words of a name point to, if they point to one."""
+    words = re.findall(r"[a-z]+", text.lower())
+    is_mask, is_photo = (any(word.startswith(known) for word in words) for known in (MASK_WORDS, PHOTO_WORDS))
+    return None if is_mask == is_photo else MASK if is_mask else PHOTO
 
 
 def _json_kind(path: Path) -> str | None:
