@@ -246,6 +246,7 @@ def test_16_bit_images_are_divided_by_257(suffix, tmp_path):
 def test_a_stated_range_replaces_257(suffix, tmp_path):
     save(tmp_path / "images" / f"a.{suffix}", DEEP)
     assert read(tmp_path, image_range=(0.0, 1000.0))[..., 0].tolist() == [[0, 65, 66, 255], [255, 255, 33, 33]]
+    assert read(tmp_path, image_range=(128, 1000))[..., 0].tolist() == [[0, 37, 38, 255], [255, 255, 0, 0]]
 
 
 def test_color_tiffs_of_16_bits(tmp_path):

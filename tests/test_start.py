@@ -368,6 +368,12 @@ def test_one_of_several_patterns_can_be_chosen(tmp_path):
     assert "images   photos/{name}.jpg" in text
 
 
+def test_small_crops_have_small_rates():
+    split, machine = Split(names(8), names(10), ["v"]), Machine(False, 16 * GIGABYTE)
+    small, large = (choose_config({}, split, 3, [side] * 9, machine)["model"] for side in (64, 112))
+    assert small["rates"] == [1, 2, 3] and "rates" not in large
+
+
 def test_a_config_that_was_changed_is_not_overwritten(tmp_path):
     write_field(tmp_path / "mine", 6, 4)
     start(tmp_path)

@@ -43,6 +43,8 @@ ON_SMALL_GPU = Network(RESNET18, SGD, 320, 16, 4000, 16, (1000, 20_000))
 ON_GPU = Network(DINOV2, DINOV2_OPTIM, 518, 14, 10_000, 16, (1000, 40_000))
 LARGE_GPU = 12 * GIGABYTE
 SMALLEST_CROP = 32
+# Below this crop the usual rates 6, 12 and 18 of the ASPP reach beyond its features.
+SMALL_CROP, SMALL_RATES = 112, [1, 2, 3]
 UNIMATCH, SUPERVISED = "unimatch", "supervised"
 
 
@@ -96,9 +98,10 @@ def choose_config(
         batch *= 2
     shortest, longest = network.steps
     steps = min(longest, max(shortest, PASSES * max(len(split.labeled), len(split.unlabeled)) // batch))
+    rates = {"rates": SMALL_RATES} if crop < SMALL_CROP and network.model["head"] == "v3plus" else {}
     return {
         "data": data | {"crop_size": [crop, crop], "workers": min(4, os.cpu_count() or 1)},
-        "model": network.model | {"num_classes": num_classes},
+        "model": network.model | rates | {"num_classes": num_classes},
         "optim": network.optim | {"batch_size": batch},
         "run": {"steps": steps},
     }
