@@ -12,9 +12,13 @@ from PIL import Image
 
 from common.config.sections import DataConfig
 from common.datasets import open_reader
-from common.datasets.reader import Reader
+from common.datasets.reader import Reader, voc_palette
 from common.errors import UserError
+from common.evaluation.inference import Protocol
+from common.evaluation.report import Report
+from common.evaluation.selection import CheckpointRef
 from common.splits.split import Split, read_split, write_split
+from common.visual import Sample
 
 IDS = np.array([[0, 1, 1, 2]] * 3 + [[0, 2, 255, 2]] * 3, np.uint8)  # 6 rows of 4
 COLORS = {0: (0, 0, 0), 1: (128, 64, 128), 2: (0, 128, 0), 255: (9, 9, 9)}
@@ -63,6 +67,13 @@ def test_ids_with_folders_are_read_from_lists(tmp_path):
     with pytest.raises(UserError, match="one id per line"):
         read_split(tmp_path / "split")
     assert reader.id_of("/elsewhere/002.jpg") == "south/002"
+
+
+def test_predictions_of_names_with_folders_are_written(tmp_path):
+    sample = Sample("north/001", torch.zeros(3, 6, 4, dtype=torch.uint8), torch.from_numpy(IDS))
+    report = Report(("a", "b", "c"), Protocol(), Protocol(), None, "config.json", tmp_path)
+    report.write_pictures(CheckpointRef("best", tmp_path, 1, None), [sample], voc_palette())
+    assert (tmp_path / "pictures" / "best" / "ids" / "north" / "001.png").is_file()
 
 
 def test_images_and_masks_in_one_folder(tmp_path):
