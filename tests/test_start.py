@@ -62,6 +62,10 @@ LAYOUTS = {
     ("north/images/{}.jpg", "north/masks/{}.npy"): None,
     ("photos/{}.jpg", "photos/{}.json"): None,
     ("x/{}.bmp", "y/mask_{}.bmp"): None,
+    ("leftImg8bit/ulm/ulm_{}_leftImg8bit.png", "gtFine/ulm/ulm_{}_gtFine_labelIds.png"): (
+        "leftImg8bit/ulm/{name}_leftImg8bit.png",
+        "gtFine/ulm/{name}_gtFine_labelIds.png",
+    ),
 }
 
 

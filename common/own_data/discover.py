@@ -247,21 +247,24 @@ def _series(files: Sequence[str]) -> list[Series]:
 
 
 def _heads(stem: str) -> Iterator[str]:
-    """Text without digits at the start of a name, up to a separator or to the first digit."""
+    """Words at the start of a name, up to a separator or to the first digit; a word begins with a letter."""
     yield ""
-    yield from (
-        stem[: match.end()]
-        for match in re.finditer(r"[_\-. ]+", stem)
-        if stem[: match.end()].isascii() and not re.search(r"\d", stem[: match.end()])
-    )
+    for match in re.finditer(r"[_\-. ]+", stem):
+        if _are_words(stem[: match.start()]):
+            yield stem[: match.end()]
     if (match := re.match(r"[A-Za-z]+(?=\d)", stem)) is not None:
         yield match[0]
 
 
 def _tails(stem: str) -> Iterator[str]:
-    """Text without digits at the end of a name, from a separator or from the last digit on."""
+    """Words at the end of a name, from a separator or from the last digit on; a word begins with a letter."""
     yield ""
-    starts = (match.start() for match in re.finditer(r"[_\-. ]+", stem))
-    yield from (stem[start:] for start in starts if not re.search(r"\d", stem[start:]))
+    for match in re.finditer(r"[_\-. ]+", stem):
+        if _are_words(stem[match.end() :]):
+            yield stem[match.start() :]
     if (match := re.search(r"(?<=\d)[A-Za-z]+$", stem)) is not None:
         yield match[0]
+
+
+def _are_words(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z]\w*([_\-. ]+[A-Za-z]\w*)*", text) is not None and not re.search(r"[_\-. ]\d", text)
