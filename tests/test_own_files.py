@@ -195,6 +195,19 @@ def test_polygons_are_drawn_once(tmp_path, monkeypatch):
     assert torch.equal(again.read_label("a"), label) and len(list((tmp_path / ".drawn_masks").iterdir())) == 1
 
 
+def test_masks_are_drawn_elsewhere_if_the_folder_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    photo(tmp_path / "photos" / "a.jpg")
+    labelme(tmp_path / "photos" / "a.json", shape("wheat", square(0, 0, 3, 5)))
+    (tmp_path / ".drawn_masks").write_text("a file, so that no folder can be made")
+    assert (reader_of(tmp_path, "photos", "photos", "background\nwheat\n").read_label("a") == 1).all()
+    assert len(list((tmp_path / "temporary" / "drawn_masks").iterdir())) == 1
+    (tmp_path / "temporary" / "drawn_masks").rename(tmp_path / "old")
+    (tmp_path / "temporary" / "drawn_masks").write_text("a file")
+    with pytest.raises(UserError, match=r"the mask drawn from .*a\.json cannot be written to .*: free space"):
+        reader_of(tmp_path, "photos", "photos", "background\nwheat\n").read_label("a")
+
+
 def test_circles_and_pixels_outside_polygons(tmp_path):
     photo(tmp_path / "photos" / "a.jpg", (21, 21))
     labelme(tmp_path / "json" / "a.json", shape("wheat", [[10, 10], [10, 15]], "circle"), size=(21, 21))
@@ -309,6 +322,10 @@ def spoil_mask(values: np.ndarray, suffix: str = "png"):
 
 MISTAKES = {
     "wrong size": (spoil_mask(IDS[:4]), r"a\.jpg is 4x6 but its label .*a\.png is 4x4"),
+    "turned": (
+        spoil_mask(IDS.T.copy()),
+        r"a\.jpg is 4x6 but its label .*a\.png is 6x4.*rotation tag \(EXIF\) is not applied",
+    ),
     "wrong size of an array": (spoil_mask(IDS[:4], "npy"), r"a\.jpg is 4x6 but its label .*a\.npy is 4x4"),
     "unknown id": (spoil_mask(IDS + 3), r"a\.png holds .*3.* which this dataset does not define: mend it"),
     "unknown id of 16 bits": (spoil_mask(IDS.astype(np.uint16) + 300), r"a\.png holds 300, 301.*ids are 0 to 253"),

@@ -128,9 +128,11 @@ def picture_size(path: Path, what: str) -> tuple[int, int]:
 
 def _same_size(image: Path, image_size: tuple[int, int], label: Path, label_size: tuple[int, int]) -> None:
     if image_size != label_size:
+        is_turned = image_size == label_size[::-1]
+        hint = "; a camera's rotation tag (EXIF) is not applied: save the image turned" if is_turned else ""
         raise UserError(
             f"{image} is {'{}x{}'.format(*image_size)} but its label {label} is {'{}x{}'.format(*label_size)}"
-            " (width x height): they must be the same"
+            f" (width x height): they must be the same{hint}"
         )
 
 
