@@ -120,7 +120,7 @@ def test_a_coco_file_is_found(tmp_path):
     coco(tmp_path)
     found = discover(tmp_path)
     assert (found.images, found.labels, found.pairs) == ("photos/{name}.jpg", "labels.json", 4)
-    assert propose_classes(tmp_path, "labels.json") == ["background", "crop", "weed"]
+    assert propose_classes(tmp_path, found.images, "labels.json") == ["background", "crop", "weed"]
 
 
 # ---- classes ----
@@ -207,6 +207,13 @@ def test_names_of_classes_can_be_changed(tmp_path):
     path.write_text(path.read_text().replace("class_1", "maize").replace("class_2", "weed"))
     text = start(tmp_path)
     assert "3: background, maize, weed\n" in text and "rename" not in text
+
+
+def test_files_that_belong_to_no_image_do_not_matter(tmp_path):
+    pairs(tmp_path / "mine", "photos/{}.jpg", "photos/{}.json")
+    (tmp_path / "mine" / "photos" / "notes.json").write_text("{}")
+    text = start(tmp_path)
+    assert "2: background, crop\n" in text and "1 masks belong to no image, e.g. notes.json" in text
 
 
 def test_a_class_list_of_the_folder_is_used(tmp_path):
@@ -309,7 +316,7 @@ def one_mask(root: Path) -> None:
 
 MISTAKES = {
     "empty folder": (lambda root: root.mkdir(), r"no images in mine: file endings are \.jpg"),
-    "no folder": (lambda root: None, r"data root mine is not a folder"),
+    "no folder": (lambda root: None, r"mine is not a folder: give the folder that contains images and masks"),
     "no masks": (
         lambda root: pairs(root, "images/{}.jpg", "x", masks=0),
         r"no masks in mine: masks are PNG, TIFF or BMP",
@@ -377,6 +384,15 @@ def test_small_crops_have_small_rates():
     split, machine = Split(names(8), names(10), ["v"]), Machine(False, 16 * GIGABYTE)
     small, large = (choose_config({}, split, 3, [side] * 9, machine)["model"] for side in (64, 112))
     assert small["rates"] == [1, 2, 3] and "rates" not in large
+
+
+def test_a_pattern_that_fits_nothing_is_named(tmp_path):
+    write_field(tmp_path / "mine", 6, 4)
+    patterns = ["--images", "images/{name}_image.png", "--labels", "annotations/{name}_mask.png"]
+    ended = run_python(["-m", "common.start", "mine", *patterns], tmp_path)
+    assert "no masks of the images fit the pattern mine/annotations/{name}_mask.png" in ended.err
+    ended = run_python(["-m", "common.start", "mine", *patterns[2:]], tmp_path)
+    assert "no masks annotations/{name}_mask.png in mine" in ended.err and ended.status == 2
 
 
 def test_a_config_that_was_changed_is_not_overwritten(tmp_path):

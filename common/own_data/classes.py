@@ -10,9 +10,10 @@ from PIL import Image
 
 from common import IGNORE
 from common.datasets.class_list import IGNORED
-from common.datasets.folder import POLYGON_SUFFIX, find_masks, is_coco
+from common.datasets.folder import POLYGON_SUFFIX, find_images, find_masks, is_coco
 from common.datasets.label_colors import Color
 from common.datasets.mask_files import open_mask
+from common.datasets.patterns import NAME_FIELD
 from common.datasets.polygons import BACKGROUND, FORMER_NAMES, draw, read_coco, read_labelme
 from common.errors import UserError
 
@@ -21,15 +22,15 @@ COVERED = 0.99  # share of the pixels in polygons above which there is no class 
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 
 
-def propose_classes(root: Path, labels: str) -> list[str]:
-    """Lines of a class list for the masks of a pattern.
+def propose_classes(root: Path, images: str, labels: str) -> list[str]:
+    """Lines of a class list for the masks of a pattern; masks that belong to no image are not read.
 
     Polygons have names. Colors and numbers do not: their classes are `class_0`, `class_1`, ...; black is `background`.
     Numbers that leave large gaps (0 and 255; 0, 80, 160) are taken for grays, each a color of a class.
 
     Args:
         root: Folder of the dataset.
-        labels: Pattern of the masks, or a COCO file.
+        images, labels: Patterns of images and masks; or a COCO file for the masks.
 
     Raises:
         UserError: a mask cannot be read; more than 64 colors; ids above 253; fewer than two classes.
@@ -37,7 +38,13 @@ def propose_classes(root: Path, labels: str) -> list[str]:
     if is_coco(root, labels):
         lines = _of_coco(root / labels)
     else:
-        paths = sorted(find_masks(root, labels).values())
+        masks = find_masks(root, labels)
+        if NAME_FIELD in images and NAME_FIELD in labels:
+            owners, _ = find_images(root, images, set(masks.values()))
+            masks = {name: path for name, path in masks.items() if name in owners}
+        paths = sorted(masks.values())
+        if not paths:
+            raise UserError(f"no masks of the images fit the pattern {root / labels}: set it with --labels")
         polygons = [path for path in paths if path.suffix.lower() == POLYGON_SUFFIX]
         lines = _of_labelme(polygons) if polygons else _of_masks(paths)
     if len([line for line in lines if line.split()[0] != IGNORED]) < 2:
@@ -61,9 +68,11 @@ def _of_coco(path: Path) -> list[str]:
 def _with_background(names: list[str], drawings: Sequence, path: Path) -> list[str]:
     """The names, after `background` if polygons leave pixels out."""
     names = [name for name in names if name != BACKGROUND]
-    masks = [draw(drawing, names, path, "") for drawing in drawings]
-    outside = sum(int((mask == IGNORE).sum()) for mask in masks) / max(1, sum(mask.size for mask in masks))
-    return [BACKGROUND, *names] if outside > 1 - COVERED else names
+    outside = pixels = 0
+    for drawing in drawings:  # one at a time: all of them may not fit into memory
+        mask = draw(drawing, names, path, "")
+        outside, pixels = outside + int((mask == IGNORE).sum()), pixels + mask.size
+    return [BACKGROUND, *names] if outside > (1 - COVERED) * pixels else names
 
 
 def _of_masks(paths: Sequence[Path]) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 from common.config.sections import DataConfig
 from common.datasets import open_reader
 from common.datasets.folder import Folder
-from common.datasets.reader import existing_root
 from common.errors import UserError
 from common.own_data.classes import propose_classes
 from common.own_data.discover import Layout, discover
@@ -95,10 +94,11 @@ def prepare(root: Path, choices: Choices) -> Prepared:
         UserError: no images or masks, several patterns that fit, masks that cannot be read, fewer than two images with
             a mask; see also `propose_classes` and `Folder`.
     """
-    existing_root(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder: give the folder that contains images and masks")
     out = choices.out or Path(f"{str(root).rstrip('/')}-training" if root.name else f"{root.resolve()}-training")
     layout = _layout(root, choices)
-    class_path = _class_list(root, layout.labels, out, choices.classes)
+    class_path = _class_list(root, layout, out, choices.classes)
     data = {"dataset": "folder", "root": str(root), "image_dir": layout.images, "label_dir": layout.labels}
     data["classes"] = os.path.relpath(class_path, root)
     if choices.value_range is not None:
@@ -124,14 +124,14 @@ def _layout(root: Path, choices: Choices) -> Layout:
     return discover(root, choices.images, choices.labels)
 
 
-def _class_list(root: Path, labels: str, out: Path, given: Path | None) -> Path:
+def _class_list(root: Path, layout: Layout, out: Path, given: Path | None) -> Path:
     """Path of the class list, which is made from the masks if there is none."""
     for path in [given] if given else [root / CLASS_FILE, out / CLASS_FILE]:
         if path.is_file():
             return path
     if given:
         raise UserError(f"--classes {given} does not exist")
-    _write_text(out / CLASS_FILE, "\n".join(propose_classes(root, labels)) + "\n")
+    _write_text(out / CLASS_FILE, "\n".join(propose_classes(root, layout.images, layout.labels)) + "\n")
     return out / CLASS_FILE
 
 
