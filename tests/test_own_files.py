@@ -308,6 +308,11 @@ def test_gray_bmp_and_png_images(tmp_path):
 # ---- mistakes ----
 
 
+def damaged_tiff(path: Path) -> None:
+    write_tiff(path, IDS)
+    path.write_bytes(b"II*\0" + b"x" * 99)
+
+
 def bands(path: Path, count: int) -> None:
     write_tiff(path, np.zeros((6, 4, count), np.uint8), photometric="rgb", extrasamples=["unspecified"] * (count - 3))
 
@@ -357,7 +362,7 @@ MISTAKES = {
         r"a\.tif holds float32 numbers: .*data\.image_range \[0, 1\]",
     ),
     "damaged TIFF": (
-        lambda root: (root / "images" / "a.tif").write_bytes(b"II*\0" + b"x" * 99),
+        lambda root: damaged_tiff(root / "images" / "a.tif"),
         r"a\.tif cannot be decoded",
     ),
 }
