@@ -9,9 +9,10 @@ docs/predict.md explains both.
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from common.models.weights import load_state, read_state
 from common.visual import overlay, save_label
 
 KINDS = {"overlay": ".png", "mask": ".png", "probability": ".npy"}
-SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff")
+Read = Callable[[Path], Tensor]
 
 
 @report_errors
@@ -68,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     files = find_images(args.images, args.out)
     network.to(accelerator.device)
-    counts = _predict_all(network, files, args, metainfo.palette, protocol, accelerator)
+    read = partial(read_picture, value_range=config.data.image_range)
+    counts = _predict_all(network, files, read, args, metainfo.palette, protocol, accelerator)
     done, bad = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
     accelerator.print(f"{done} of {len(files)} images: {', '.join(args.save)} in {args.out}")
     accelerator.end_training()
@@ -119,20 +121,21 @@ def find_images(given: Path, out: Path) -> dict[str, Path]:
         raise UserError(f"images {given}: there is no such file or folder")
     found: dict[str, Path] = {}
     for path in sorted(given.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or not path.is_file() or out.resolve() in path.resolve().parents:
+        if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file() or out.resolve() in path.resolve().parents:
             continue
         name = path.relative_to(given).with_suffix("").as_posix()
         if name in found:
             raise UserError(f"{found[name]} and {path} would be written to the same file: rename one")
         found[name] = path
     if not found:
-        raise UserError(f"no images in {given}: supported suffixes are {', '.join(SUFFIXES)}")
+        raise UserError(f"no images in {given}: supported suffixes are {', '.join(IMAGE_SUFFIXES)}")
     return found
 
 
 def _predict_all(
     network: nn.Module,
     files: dict[str, Path],
+    read: Read,
     args: argparse.Namespace,
     palette: np.ndarray,
     protocol: Protocol,
@@ -146,7 +149,7 @@ def _predict_all(
         ProgressReport("predicting", len(names), accelerator.is_main_process) as progress,
     ):
         writing: list[Future] = []
-        for readable, images, failures in _batches(names, files, args.batch_size, pool):
+        for readable, images, failures in _batches(names, files, read, args.batch_size, pool):
             for failure in failures:
                 progress.print(f"warning: {failure}")
             if images is not None:
@@ -180,7 +183,7 @@ def _predict(network: nn.Module, images: Tensor, protocol: Protocol, accelerator
 
 
 def _batches(
-    names: Sequence[str], files: dict[str, Path], batch_size: int | None, pool: ThreadPoolExecutor
+    names: Sequence[str], files: dict[str, Path], read: Read, batch_size: int | None, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[str], Tensor | None, list[str]]]:
     """Read batches of same-size images, one batch ahead.
 
@@ -198,7 +201,7 @@ def _batches(
         yield [], None, failures
     ahead: list[tuple[str, Future]] = []
     for batch in same_size_batches(sizes, batch_size):
-        current, ahead = ahead, [(name, pool.submit(read_picture, files[name])) for name in batch]
+        current, ahead = ahead, [(name, pool.submit(read, files[name])) for name in batch]
         if current:
             yield _decoded(current)
     if ahead:

@@ -116,14 +116,17 @@ def check_labels(reader: Folder, names: Sequence[str]) -> None:
     """
     strays = reader.stray_labels()
     if not names:
-        hint = f"; e.g. {strays[0]}.png belongs to no image" if strays else ""
-        raise UserError(f"{reader.layout}: no image has a label: a label is a PNG with the name of its image{hint}")
+        hint = f"; e.g. {strays[0]} belongs to no image" if strays else ""
+        raise UserError(
+            f"{reader.layout}: no image has a label: a mask has the name of its image; for other names set patterns,"
+            f" --image-dir 'images/{{name}}_image.png' --label-dir 'masks/{{name}}_mask.png'{hint}"
+        )
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda name: reader.check_size(name, with_label=True), names))
         occurs = np.stack(list(pool.map(lambda name: classes_in(reader, name), names))).any(0)
     print(f"{len(names)} images have a label; {len(reader.names('train')) - len(names)} have none")
     if strays:
-        print(f"note: {len(strays)} labels belong to no image, e.g. {strays[0]}.png")
+        print(f"note: {len(strays)} labels belong to no image, e.g. {strays[0]}")
     if absent := [name for name, seen in zip(reader.classes, occurs) if not seen]:
         print(f"note: no label contains {', '.join(absent)}")
 

@@ -336,13 +336,6 @@ def test_label_pictures_that_would_be_misread_are_refused(tmp_path):
         reader.read_label("2007_000001")
 
 
-def test_16_bit_images_are_refused(tmp_path):
-    save(tmp_path / "images" / "a.png", np.zeros((2, 3), np.uint16))
-    (tmp_path / "classes.txt").write_text("sky\nroad\n")
-    with pytest.raises(UserError, match="16 bits"):
-        Folder(tmp_path, "images", "labels", "classes.txt").read_image("a")
-
-
 @pytest.mark.parametrize("dataset", ["voc", "cityscapes", "gta5"])
 def test_a_root_without_the_tree_is_an_error(tmp_path, dataset):
     with pytest.raises(UserError, match=rf"tree under {tmp_path}: looked for"):

@@ -1,6 +1,7 @@
 """Prediction of images from a run folder, and export of the network."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,6 +99,20 @@ def test_one_image_by_a_checkpoint_and_another_protocol(run, images, tmp_path, c
     assert np.array_equal(np.asarray(Image.open(tmp_path / "mask" / "a.png")), want.numpy())
     assert "sliding window 32x32" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["mask"]
+
+
+def test_16_bit_images_are_scaled_as_in_training(run, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(run, other, symlinks=True)
+    config = json.loads((other / "config.json").read_text())
+    config["data"]["image_range"] = [0, 4095]
+    (other / "config.json").write_text(json.dumps(config))
+    values = np.random.default_rng(0).integers(0, 4096, (40, 52)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    Image.fromarray((values / 4095 * 255).round().astype(np.uint8)).save(tmp_path / "plain.png")
+    call(other, tmp_path / "deep.png", "--out", tmp_path / "out", "--save", "probability")
+    probability = np.load(tmp_path / "out" / "probability" / "deep.npy")
+    np.testing.assert_allclose(probability, expected(run, tmp_path / "plain.png").numpy(), atol=2e-3)
 
 
 def test_a_bad_file_is_named_and_the_others_are_predicted(run, images, tmp_path, capsys):

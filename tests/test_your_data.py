@@ -1,4 +1,4 @@
-"""docs/your_data.md: its files and its three commands in their order, on masks of every kind; errors of mistakes."""
+"""docs/your_data.md: its commands in their order from a clean folder, and its split by hand; errors of mistakes."""
 
 import importlib
 import json
@@ -13,17 +13,21 @@ from PIL import Image
 from common.config import load_config
 from common.config.sections import DataConfig
 from common.datasets import open_reader
-from common.datasets.folder import read_classes
+from common.datasets.class_list import read_classes
 from common.errors import UserError
 from common.splits.split import read_split
 from splits.make import main as make
 from supervised.train import main as train
 from tests.conftest import SCRIPTS, module_of
 from tests.helpers.commands import SMALL_MODEL, run_python, without_launcher
+from tests.helpers.fields import write_field
 
 PAGE = (Path(__file__).parent.parent / "docs" / "your_data.md").read_text()
-BLOCKS = dict(re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL))
-COMMANDS = BLOCKS[""].strip().splitlines()
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+BLOCKS = dict(FENCED)
+# Start and train; evaluate and predict; check; make a split by hand.
+COMMANDS = [block.strip().splitlines() for language, block in FENCED if not language]
+MAKE = shlex.split(COMMANDS[3][0])[2:]
 COLORS = np.array([(128, 64, 128), (0, 128, 0), (70, 130, 180), (0, 0, 0)], np.uint8)  # the last is ignored
 SHORT = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--optim.batch_size", "2", "--run.threads", "1"]
 
@@ -58,24 +62,28 @@ def draw(folder: Path, kind: str = "rgb", masks: int = 12) -> Path:
     return mine
 
 
-def test_the_three_commands_end_in_scores(tmp_path):
-    draw(tmp_path)
-    text = ""
-    for paper in ("prcl", "splits"):
+def test_the_commands_of_the_page_end_in_scores(tmp_path):
+    write_field(tmp_path / "data" / "mine", images=60, masks=24)
+    for paper in ("unimatch", "splits"):
         (tmp_path / paper).symlink_to(Path(__file__).parent.parent / paper)
-    assert len(COMMANDS) == 3
-    for command in COMMANDS:
+    first, second, third, _ = COMMANDS
+    assert len(first) == 2
+    text = ""
+    for command in [*first, *second, *third]:
         arguments = without_launcher(command)
-        if arguments[0] == "prcl/train.py":
-            arguments += [*SHORT, *SMALL_MODEL, "--run.steps", "3", "--method.num_queries", "8"]
+        if arguments[0] == "unimatch/train.py":
+            arguments += [*SHORT, *SMALL_MODEL, "--run.steps", "3"]
         ended = run_python(arguments, tmp_path)
         assert ended.status == 0, ended.err
         text += ended.out
-    assert "12 images have a label; 8 have none" in text
-    assert "8 labeled, 9 unlabeled, 3 for validation" in text
-    assert "mIoU" in text and "grass" in text
-    pictures = tmp_path / "runs" / "prcl" / "mine" / "eval" / "pictures"
-    assert len(list(pictures.rglob("prediction/*.png"))) == 3
+        if arguments[:2] == ["-m", "common.start"]:
+            assert first[1] in text and second[0] in text  # it prints what comes next
+    assert "19 labeled, 36 unlabeled, 5 for validation" in text
+    assert (tmp_path / "data" / "mine-training" / "splits" / "19" / "0").is_dir()
+    assert "mIoU" in text and "class_2" in text and "result: the data can be used" in text
+    pictures = tmp_path / "runs" / "unimatch" / "mine" / "eval" / "pictures"
+    assert len(list(pictures.rglob("prediction/*.png"))) == 5
+    assert len(list((tmp_path / "predictions" / "mask").iterdir())) == 60
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -87,7 +95,7 @@ def test_every_script_takes_the_config(script, tmp_path):
 
 def make_command(folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
-    make(shlex.split(COMMANDS[0])[2:])
+    make(MAKE)
 
 
 @pytest.mark.parametrize("kind", ["rgb", "gray", "palette"])
@@ -129,8 +137,8 @@ def test_folders_may_be_anywhere(tmp_path):
 def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatch, capsys):
     draw(tmp_path)
     make_command(tmp_path, monkeypatch)
-    make([*shlex.split(COMMANDS[0])[2:], "--labels", "2", "--seed", "7"])
-    make([*shlex.split(COMMANDS[0])[2:], "--labels", "1/1"])
+    make([*MAKE, "--labels", "2", "--seed", "7"])
+    make([*MAKE, "--labels", "1/1"])
     first, other, every = (read_split(f"data/mine/splits/{name}") for name in ("8/0", "2/7", "9/0"))
     assert first.valid == other.valid == every.valid and len(every.unlabeled) == 8
     assert not set(first.valid) & {*first.labeled, *first.unlabeled}
@@ -163,7 +171,7 @@ def test_validation_images_do_not_depend_on_labels_and_seed(tmp_path, monkeypatc
         ),
         (
             lambda mine: [path.rename(path.with_suffix(".jpg")) for path in (mine / "masks").iterdir()],
-            "no image has a label: a label is a PNG",
+            r"no image has a label: a mask has the name of its image; .*masks/\{name\}_mask\.png",
         ),
         (lambda mine: (mine / "photos").rename(mine / "pictures"), "no images in .*photos"),
     ],
@@ -196,9 +204,9 @@ def test_wrong_numbers_shares_and_class_counts_are_errors(tmp_path, monkeypatch,
         (["--labels", "10"], "10 labeled images of 9"),
     ):
         with pytest.raises(SystemExit):
-            make([*shlex.split(COMMANDS[0])[2:], *more])
+            make([*MAKE, *more])
         assert message in capsys.readouterr().err
-    arguments = shlex.split(COMMANDS[0])[2:]
+    arguments = MAKE
     at = arguments.index("--valid")
     with pytest.raises(SystemExit):
         make(arguments[:at] + arguments[at + 2 :])
@@ -209,7 +217,7 @@ def test_wrong_numbers_shares_and_class_counts_are_errors(tmp_path, monkeypatch,
     assert "model.num_classes is 4, but data/mine has 3 classes (road, grass, sky" in capsys.readouterr().err
     (tmp_path / "data/mine/classes.txt").write_text("road\ngrass\n")
     with pytest.raises(SystemExit):
-        make(shlex.split(COMMANDS[0])[2:])
+        make(MAKE)
     assert "_mask.png holds 2, which this dataset does not define" in capsys.readouterr().err
 
 

@@ -264,7 +264,7 @@ def _check_values(config: Any) -> None:
     for key, value, kind in _leaves(config):
         if value is None and type(None) not in get_args(kind):
             raise UserError(f"{key} is null; leave it out for its default")
-        if key.endswith(("_range", "_bound")) and value[0] > value[1]:
+        if key.endswith(("_range", "_bound")) and value is not None and value[0] > value[1]:
             raise UserError(f"{key} is [{value[0]}, {value[1]}]; give the smaller one first")
     if config.model.bgr and config.model.input_mean is None:
         raise UserError("model.bgr is set without model.input_mean; set model.input_mean too")

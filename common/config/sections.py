@@ -52,8 +52,11 @@ class DataConfig:
             shows it; by default every image is drawn equally often.
         skip_bad_files: Replace an image that cannot be read by the next one of its list; by default the run stops.
         workers: Loader processes per training process and per list.
-        image_dir: Folder of the images, absolute or relative to `root`; only with dataset `folder`.
-        label_dir: Folder of the labels, absolute or relative to `root`; only with dataset `folder`.
+        image_dir: Folder of the images, or a pattern of them (`images/{name}_image.png`), absolute or relative to
+            `root`; only with dataset `folder`.
+        label_dir: Folder or pattern of the masks, or a COCO file, in the same way; only with dataset `folder`.
+        image_range: Values that become black and white in images of more than 8 bits; by default 16 bits are divided by
+            257. Only with dataset `folder`.
         classes: Text file with one class per line (docs/your_data.md), absolute or relative to `root`; only with
             dataset `folder`.
     """
@@ -77,6 +80,7 @@ class DataConfig:
     workers: Workers = 4
     image_dir: str = "images"
     label_dir: str = "labels"
+    image_range: Optional[tuple[float, float]] = None
     classes: str = "classes.txt"
 
     def __post_init__(self) -> None:

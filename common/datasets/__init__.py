@@ -38,7 +38,7 @@ def open_reader(data: DataConfig) -> Reader:
     if data.dataset in PUBLIC:
         return PUBLIC[data.dataset](data.root)
     if data.dataset == "folder":
-        return Folder(data.root, data.image_dir, data.label_dir, data.classes)
+        return Folder(data.root, data.image_dir, data.label_dir, data.classes, data.image_range)
     root = Path(data.root).expanduser()
     if not is_drawn(root):
         make_shapes(root, "voc")

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import IGNORE
+from common.datasets.pixels import ValueRange, decode_image, raw_mode, size_of
 from common.errors import UserError
 
 # Entry of a label table for undefined values. It is not a class id: a dataset has at most 254 classes, 0 to 253.
@@ -28,12 +29,14 @@ class Reader(ABC):
         palette: uint8 [256, 3], colors of class ids in pictures.
         layout: Description of the tree that was found.
         skip_bad_files: Continue training without files that cannot be read.
+        value_range: Values of black and white in images of more than 8 bits; None for those of 16 bits.
     """
 
     classes: tuple[str, ...]
     palette: np.ndarray
     layout: str
     skip_bad_files = False
+    value_range: ValueRange | None = None
 
     @abstractmethod
     def names(self, subset: Subset) -> list[str]:
@@ -73,11 +76,11 @@ class Reader(ABC):
         size = picture_size(image, "image")
         if with_label:
             label = self.label_path(name)
-            _same_size(image, size, label, picture_size(label, "label"))
+            _same_size(image, size, label, self._label_size(label))
 
     def read_image(self, name: str) -> Tensor:
-        """uint8 [3, H, W] RGB. Raises UserError for a missing, damaged or 16-bit file."""
-        return read_picture(self.image_path(name))
+        """uint8 [3, H, W] RGB. Raises UserError for a missing or damaged file."""
+        return read_picture(self.image_path(name), self.value_range)
 
     def read_label(self, name: str) -> Tensor:
         """uint8 [H, W]: class ids, 255 = ignore. Raises UserError if missing, damaged, or with other values."""
@@ -86,10 +89,14 @@ class Reader(ABC):
     def read_pair(self, name: str) -> tuple[Tensor, Tensor]:
         """`read_image` and `read_label`. Raises UserError naming both sizes if they differ."""
         image_path, label_path = self.image_path(name), self.label_path(name)
-        image, label = read_picture(image_path), self._decode_label(label_path)
+        image, label = read_picture(image_path, self.value_range), self._decode_label(label_path)
         sizes = [(tensor.shape[-1], tensor.shape[-2]) for tensor in (image, label)]
         _same_size(image_path, sizes[0], label_path, sizes[1])
         return image, label
+
+    def _label_size(self, path: Path) -> tuple[int, int]:
+        """Width and height of the label at `path`, without decoding it. Raises UserError if unreadable."""
+        return picture_size(path, "label")
 
     def _decode_label(self, path: Path) -> Tensor:
         """`read_label` of the file at `path`."""
@@ -97,16 +104,13 @@ class Reader(ABC):
         return torch.from_numpy(apply_table(self._label_table(path), stored, path))
 
 
-def read_picture(path: Path) -> Tensor:
-    """Read a picture: uint8 [3, H, W] RGB. Raises UserError for a damaged or 16-bit file."""
+def read_picture(path: Path, value_range: ValueRange | None = None) -> Tensor:
+    """Read a picture: uint8 [3, H, W] RGB, see `decode_image`. Raises UserError for a damaged file."""
     try:
-        with Image.open(path) as picture:
-            if picture.mode.startswith("I"):
-                raise UserError(f"image {path} has 16 bits per channel: save it with 8")
-            pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+        pixels = decode_image(path, value_range)
     except UserError:
         raise
-    except Exception as error:  # the errors of Pillow's decoders on damaged bytes have no common base class
+    except Exception as error:  # the errors of the decoders on damaged bytes have no common base class
         raise UserError(f"image {path} cannot be decoded ({_reason(error)}): restore or remove it") from None
     # Not made contiguous: resizing is faster on this layout than on planes.
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -115,17 +119,20 @@ def read_picture(path: Path) -> Tensor:
 def picture_size(path: Path, what: str) -> tuple[int, int]:
     """Width and height in the header of a picture. Raises UserError, naming `what` it is, if unreadable."""
     try:
-        with Image.open(path) as header:
-            return header.size
-    except Exception as error:  # Pillow raises nearly anything on damaged bytes
+        return size_of(path)
+    except UserError:
+        raise
+    except Exception as error:  # as above
         raise UserError(f"{what} {path} cannot be decoded ({_reason(error)}): restore or remove it") from None
 
 
 def _same_size(image: Path, image_size: tuple[int, int], label: Path, label_size: tuple[int, int]) -> None:
     if image_size != label_size:
+        is_turned = image_size == label_size[::-1]
+        hint = "; a camera's rotation tag (EXIF) is not applied: save the image turned" if is_turned else ""
         raise UserError(
             f"{image} is {'{}x{}'.format(*image_size)} but its label {label} is {'{}x{}'.format(*label_size)}"
-            " (width x height): they must be the same"
+            f" (width x height): they must be the same{hint}"
         )
 
 
@@ -134,7 +141,7 @@ def open_label(path: Path) -> Image.Image:
     try:
         with Image.open(path) as picture:
             # Pillow stretches gray of 2 and 4 bits to 0..255, which would silently change the ids.
-            stretched = picture.mode == "L" and picture.tile[0][3] in ("L;2", "L;4")
+            stretched = picture.mode == "L" and raw_mode(picture) in ("L;2", "L;4")
             picture.load()
     except Exception as error:  # as above
         raise UserError(f"label {path} cannot be decoded ({_reason(error)}): restore it") from None

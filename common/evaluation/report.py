@@ -108,9 +108,9 @@ class Report:
         """
         folder = self.folder / "pictures" / self._stem(checkpoint.name)
         try:
-            for kind in ("prediction", "ids", "side_by_side"):
-                (folder / kind).mkdir(parents=True, exist_ok=True)
             for sample in samples:
+                for kind in ("prediction", "ids", "side_by_side"):  # a name may contain folders
+                    (folder / kind / sample.name).parent.mkdir(parents=True, exist_ok=True)
                 save_label(sample.prediction, palette, folder / "prediction" / f"{sample.name}.png")
                 save_ids(sample.prediction, folder / "ids" / f"{sample.name}.png")
                 compare(sample, palette).save(folder / "side_by_side" / f"{sample.name}.png")

@@ -85,7 +85,8 @@ def read_ids(path: Path, id_of: Callable[[str], str]) -> list[str]:
     if not path.is_file():
         raise UserError(f"no list {path}: the labeled and the unlabeled list go together")
     lines = [line.replace("\\", "/") for line in read_lines(path)]
-    return _once([id_of(line.split()[0]) if set(line) & set("/\t") else line for line in lines], path)
+    is_path = [bool(set(line) & set("/\t")) and id_of(line) != line for line in lines]
+    return _once([id_of(line.split()[0]) if listed else line for line, listed in zip(lines, is_path)], path)
 
 
 def _read_own(path: Path, id_of: Callable[[str], str]) -> list[str]:
@@ -93,7 +94,7 @@ def _read_own(path: Path, id_of: Callable[[str], str]) -> list[str]:
         raise UserError(f"no list {path}: a split has labeled_, unlabeled_ and valid_filename.txt")
     names = read_lines(path)
     for name in names:
-        if set(name) & set("/\\\t"):
+        if set(name) & set("/\\\t") and id_of(name) != name:
             raise UserError(f"{path} contains the line {name!r}: lists must have one id per line")
     return _once(names, path)
 
