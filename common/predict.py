@@ -1,7 +1,7 @@
 """Run a trained network on images, or export it to one file.
 
     python -m common.predict runs/prcl/demo photos --out predictions
-    python -m common.predict runs/prcl/demo --export network.pt2
+    python -m common.predict runs/prcl/demo --export network.pt2     # or network.onnx
 
 docs/predict.md explains both.
 """
@@ -19,8 +19,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.config import load_config
-from common.config.sections import BaseConfig
 from common.datasets.folder import IMAGE_SUFFIXES
 from common.datasets.reader import picture_size, read_picture
 from common.engine.devices import accelerator_on
@@ -29,11 +27,10 @@ from common.evaluation.batches import ProgressReport, same_size_batches
 from common.evaluation.export import export_network
 from common.evaluation.flags import add_protocol_flags, protocol_from
 from common.evaluation.inference import Protocol, predict
-from common.evaluation.metainfo import default_metainfo, read_metainfo
-from common.evaluation.selection import CheckpointRef, find_checkpoints
-from common.models import build_network
-from common.models.weights import load_state, read_state
+from common.evaluation.predictor import Predictor, load_predictor, load_trained
 from common.visual import overlay, save_label
+
+__all__ = ["Predictor", "load_predictor", "main"]
 
 KINDS = {"overlay": ".png", "mask": ".png", "probability": ".npy"}
 SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff")
@@ -47,22 +44,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("give either images (a folder or a file) or --export FILE")
     if args.images is not None and args.out is None:
         raise UserError("--out FOLDER is missing: the folder to write pictures to")
-    run, checkpoint = select_checkpoint(args.run, args.which)
-    config = load_config(BaseConfig, run / "config.json")
-    metainfo = read_metainfo(run, config.model.num_classes)
-    accelerator = accelerator_on(args.devices, config.run.precision, argv)
-    if metainfo is None:
+    if args.half and args.export is None:
+        raise UserError("--half goes with --export FILE: images are predicted in the precision of the run")
+    trained = load_trained(args.run, args.which)
+    network, metainfo = trained.network, trained.metainfo
+    accelerator = accelerator_on(args.devices, trained.config.run.precision, argv)
+    if not trained.is_evaluated:
         accelerator.print(
-            f"note: {run} has not been evaluated yet: using numbers as class names, VOC's colors and whole images"
+            f"note: {trained.run} has not been evaluated yet: using numbers as class names, VOC's colors, whole images"
         )
-        metainfo = default_metainfo(config.model.num_classes)
     protocol = protocol_from(args, metainfo.protocol)
-    network = build_network(replace(config.model, pretrained=False)).eval()
-    source = str(checkpoint.file)
-    load_state(network, read_state(checkpoint.file), source, f"the network of {run / 'config.json'}")
-    accelerator.print(f"{source} ({protocol.describe()})")
+    accelerator.print(f"{trained.file} ({protocol.describe()})")
     if args.export is not None:
-        export_network(network, replace(metainfo, protocol=protocol), args.export)
+        export_network(network, replace(metainfo, protocol=protocol), args.export, args.half)
         classes = len(metainfo.classes)
         accelerator.print(f"written to {args.export}: from images to probabilities of {classes} classes")
         return
@@ -74,30 +68,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator.end_training()
     if bad:
         raise UserError(f"{bad} of {len(files)} images could not be read; they are listed above")
-
-
-def select_checkpoint(given: Path, which: str | None) -> tuple[Path, CheckpointRef]:
-    """Resolve the run folder and the one checkpoint selected on the command line.
-
-    Args:
-        given: A run folder, a checkpoint in it, or its weight file.
-        which: With a run folder the checkpoint, as `-e` of eval.py; None for the best, else the last.
-
-    Raises:
-        UserError: no run folder, no such checkpoint, or several.
-    """
-    if not given.exists():
-        raise UserError(f"{given} does not exist; give a run folder or a checkpoint in one")
-    run = next((path for path in (given, *given.absolute().parents) if (path / "config.json").is_file()), None)
-    if run is None:
-        raise UserError(f"{given} is not a run folder and is not inside one: there is no config.json")
-    if run != given and which is not None:
-        raise UserError(f"-e {which} needs a run folder, but {given} is already a checkpoint: leave -e away")
-    by_epoch = load_config(BaseConfig, run / "config.json").run.epochs is not None
-    checkpoints, _ = find_checkpoints(run, which if run == given else str(given), by_epoch)
-    if len(checkpoints) > 1:
-        raise UserError(f"-e {which} selects {len(checkpoints)} checkpoints; give one")
-    return run, checkpoints[0]
 
 
 def find_images(given: Path, out: Path) -> dict[str, Path]:
@@ -256,7 +226,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images of one size that are predicted together; by default as many as make a megapixel",
     )
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write the network to FILE.pt2 (torch.export)")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="write the network to FILE.pt2 (torch.export) or FILE.onnx"
+    )
+    parser.add_argument("--half", action="store_true", help="with --export: in half precision (fp16)")
     return parser
 
 

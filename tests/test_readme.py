@@ -44,6 +44,7 @@ def commands() -> list[str]:
 
 
 COMMANDS = commands()
+PYTHON = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "predict.md").read_text(), re.MULTILINE | re.DOTALL)
 OTHERS = ("make ", "git clone ")  # tested below and in test_adopt.py
 DRAWING = ("python benchmarks/pictures.py", "python benchmarks/results.py")
 
@@ -242,6 +243,8 @@ def test_command(command, project, monkeypatch):
         monkeypatch.setattr("common.splits.published.record", lambda: {"lists": [], "splits": []})
         if "--out" in arguments:  # a split made for a config of the same name
             shutil.rmtree(project / arguments[arguments.index("--out") + 1], ignore_errors=True)
+    if any(argument.endswith(".onnx") for argument in arguments):
+        pytest.importorskip("onnxruntime")
     assert run_here(shortened(arguments), project).strip()
 
 
@@ -250,15 +253,17 @@ def test_command_with_matplotlib(command, curves, project, monkeypatch):
     test_command(command, project, monkeypatch)
 
 
-def test_the_exported_network_is_loaded_as_the_page_says(project, monkeypatch, capsys):
-    page = (ROOT / "docs" / "predict.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (command,) = (command for command in COMMANDS if "--export" in command)
-    if not (project / "seen" / "prcl.pt2").exists():
-        test_command(command, project, monkeypatch)
+@pytest.mark.parametrize("code", PYTHON, ids=[code.strip().splitlines()[-1] for code in PYTHON])
+def test_python_code_of_the_page_runs(code, project, monkeypatch, capsys):
+    if "onnxruntime" in code:
+        pytest.importorskip("onnxruntime")
+    for file in re.findall(r"seen/[^\"]+", code):
+        if not (project / file).exists():
+            test_command(f"python -m common.predict runs/prcl/demo --export {file}", project, monkeypatch)
+    make_run_for(["-m", "common.predict", "runs/prcl/demo"], project)
     monkeypatch.chdir(project)
     exec(code, {})
-    assert "'background'" in capsys.readouterr().out
+    assert "background" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])
