@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from common.datasets.folder import IMAGE_SUFFIXES
 from common.datasets.reader import picture_size, read_picture
 from common.engine.devices import accelerator_on
 from common.errors import OUT_OF_MEMORY, UserError, report_errors
+from common.evaluation.auto_labels import MIN_CONFIDENCE, AutoLabels, open_auto_labels
 from common.evaluation.batches import ProgressReport, same_size_batches
 from common.evaluation.export import export_network
 from common.evaluation.flags import add_protocol_flags, protocol_from
@@ -32,7 +33,7 @@ from common.visual import overlay, save_label
 
 __all__ = ["Predictor", "load_predictor", "main"]
 
-KINDS = {"overlay": ".png", "mask": ".png", "probability": ".npy"}
+KINDS = {"overlay": ".png", "mask": ".png", "probability": ".npy", "pseudo_label": ".png"}
 SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff")
 
 
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("give either images (a folder or a file) or --export FILE")
     if args.images is not None and args.out is None:
         raise UserError("--out FOLDER is missing: the folder to write pictures to")
+    if (args.min_confidence is not None or args.masks is not None) and "pseudo_label" not in args.save:
+        raise UserError("--min-confidence and --masks go with --save pseudo_label")
     if args.half and args.export is None:
         raise UserError("--half goes with --export FILE: images are predicted in the precision of the run")
     trained = load_trained(args.run, args.which)
@@ -60,11 +63,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         classes = len(metainfo.classes)
         accelerator.print(f"written to {args.export}: from images to probabilities of {classes} classes")
         return
-    files = find_images(args.images, args.out)
+    files, data = find_images(args.images, args.out), trained.config.data
+    labels = None
+    if "pseudo_label" in args.save:
+        least = MIN_CONFIDENCE if args.min_confidence is None else args.min_confidence
+        labels = open_auto_labels(args.out, files, data, metainfo, least, args.masks, accelerator)
     network.to(accelerator.device)
-    counts = _predict_all(network, files, args, metainfo.palette, protocol, accelerator)
+    results = Results(args.out, args.save, metainfo.palette, labels)
+    counts = _predict_all(network, files, args.batch_size, results, protocol, accelerator)
     done, bad = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
     accelerator.print(f"{done} of {len(files)} images: {', '.join(args.save)} in {args.out}")
+    if labels is not None:
+        accelerator.print(*labels.finish(data, accelerator), sep="\n")
     accelerator.end_training()
     if bad:
         raise UserError(f"{bad} of {len(files)} images could not be read; they are listed above")
@@ -100,11 +110,46 @@ def find_images(given: Path, out: Path) -> dict[str, Path]:
     return found
 
 
+@dataclass(frozen=True)
+class Results:
+    """Files of predicted images.
+
+    Attributes:
+        out: Folder to write to; each kind has a subfolder.
+        kinds: Keys of `KINDS`.
+        palette: uint8 [256,3].
+        labels: Writer of pseudo-labels, if `kinds` has them.
+    """
+
+    out: Path
+    kinds: Sequence[str]
+    palette: np.ndarray
+    labels: AutoLabels | None = None
+
+    def write(self, name: str, image: Tensor, probability: Tensor) -> None:
+        """Write all kinds for image uint8 [3,H,W] with probability [C,H,W]. Raises UserError if it is impossible."""
+        label = probability.argmax(0)
+        try:
+            for kind in self.kinds:
+                path = self.out / kind / f"{name}{KINDS[kind]}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if kind == "mask":
+                    save_label(label, self.palette, path)
+                elif kind == "overlay":
+                    overlay(image, label, self.palette).save(path)
+                elif kind == "pseudo_label":
+                    self.labels.write(name, probability)
+                else:
+                    np.save(path, probability.half().numpy())
+        except OSError as error:
+            raise UserError(f"pictures cannot be written to {self.out}: {error.strerror or error}") from None
+
+
 def _predict_all(
     network: nn.Module,
     files: dict[str, Path],
-    args: argparse.Namespace,
-    palette: np.ndarray,
+    batch_size: int | None,
+    results: Results,
     protocol: Protocol,
     accelerator: Accelerator,
 ) -> tuple[int, int]:
@@ -116,7 +161,7 @@ def _predict_all(
         ProgressReport("predicting", len(names), accelerator.is_main_process) as progress,
     ):
         writing: list[Future] = []
-        for readable, images, failures in _batches(names, files, args.batch_size, pool):
+        for readable, images, failures in _batches(names, files, batch_size, pool):
             for failure in failures:
                 progress.print(f"warning: {failure}")
             if images is not None:
@@ -124,7 +169,7 @@ def _predict_all(
                 for future in writing:  # the previous batch, written while this one was predicted
                     future.result()
                 writing = [
-                    pool.submit(_write, args.out, name, image, probability, palette, args.save)
+                    pool.submit(results.write, name, image, probability)
                     for name, image, probability in zip(readable, images, probabilities)
                 ]
             done, bad = done + len(readable), bad + len(failures)
@@ -186,23 +231,6 @@ def _decoded(batch: list[tuple[str, Future]]) -> tuple[list[str], Tensor | None,
     return list(images), torch.stack(list(images.values())) if images else None, failures
 
 
-def _write(out: Path, name: str, image: Tensor, probability: Tensor, palette: np.ndarray, kinds: list[str]) -> None:
-    """Write the selected kinds of pictures of one image. Raises UserError where they cannot be written."""
-    label = probability.argmax(0)
-    try:
-        for kind in kinds:
-            path = out / kind / f"{name}{KINDS[kind]}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if kind == "mask":
-                save_label(label, palette, path)
-            elif kind == "overlay":
-                overlay(image, label, palette).save(path)
-            else:
-                np.save(path, probability.half().numpy())
-    except OSError as error:
-        raise UserError(f"pictures cannot be written to {out}: {error.strerror or error}") from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m common.predict",
@@ -217,7 +245,17 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=KINDS,
         default=["overlay", "mask"],
-        help="overlay: image under the classes' colors; mask: PNG of class ids; probability: float16 [C,H,W] as .npy",
+        help="overlay: image under the classes' colors; mask: PNG of class ids; probability: float16 [C,H,W] as .npy; "
+        "pseudo_label: PNG of the confident pixels, to train on (docs/auto_labels.md)",
+    )
+    parser.add_argument(
+        "--min-confidence",
+        type=_share,
+        metavar="P",
+        help=f"with --save pseudo_label: smallest confidence of a labeled pixel, by default {MIN_CONFIDENCE}",
+    )
+    parser.add_argument(
+        "--masks", type=Path, metavar="FOLDER", help="with --save pseudo_label: masks drawn by people, which are kept"
     )
     add_protocol_flags(parser)
     parser.add_argument(
@@ -237,6 +275,13 @@ def _count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be above 0")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError("must be between 0 and 1")
     return number
 
 

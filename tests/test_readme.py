@@ -23,10 +23,11 @@ from common.splits.split import Split, write_split
 from tests.conftest import SCRIPTS, method_flags
 from tests.helpers.commands import SMALL_MODEL, run_python, without_launcher
 from tests.test_ade20k_coco import ade20k, coco
+from tests.test_your_data import draw
 
 ROOT = Path(__file__).parent.parent
-# The commands of these go together: test_your_data.py and test_add_a_paper.py run them.
-TOGETHER = {ROOT / "docs/your_data.md", ROOT / "docs/add_a_paper.md"}
+# The commands of these go together: test_your_data.py, test_add_a_paper.py and, for auto-labels, a test below run them.
+TOGETHER = {ROOT / "docs/your_data.md", ROOT / "docs/add_a_paper.md", ROOT / "docs/auto_labels.md"}
 PAGES = sorted({ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")} - TOGETHER)
 SMALL_DATA = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--data.allow_overlap", "true"]
 SMALL_RUN = ["--optim.batch_size", "2", "--run.steps", "2", "--run.eval_every", "2", "--run.threads", "1"]
@@ -251,6 +252,18 @@ def test_command(command, project, monkeypatch):
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith(DRAWING)])
 def test_command_with_matplotlib(command, curves, project, monkeypatch):
     test_command(command, project, monkeypatch)
+
+
+def test_the_loop_of_auto_labels_runs(tmp_path):
+    mine = draw(tmp_path)
+    for name in ("prcl", "splits"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (block,) = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "auto_labels.md").read_text(), re.MULTILINE | re.DOTALL)
+    out = [run_here(shortened(without_launcher(command)), tmp_path) for command in block.splitlines()]
+    assert "12 masks of people kept" in out[2]
+    printed = re.search(r"^train with (.*)$", out[2], re.MULTILINE)[1]
+    assert printed in block  # the page trains with the settings that the command prints
+    assert "mIoU" in out[4] and len(list((mine / "round1" / "pseudo_label").glob("*.png"))) == 20
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=[code.strip().splitlines()[-1] for code in PYTHON])
