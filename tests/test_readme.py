@@ -201,28 +201,22 @@ def write_published(folder: Path) -> None:
     order.write_bytes(pickle.dumps(np.arange(700)))
 
 
-def make_run_for(arguments: list[str], folder: Path) -> None:
-    predicts = arguments[:2] == ["-m", "common.predict"]
-    draws = arguments[0] == "benchmarks/pictures.py" and len(arguments) > 1
-    paper = arguments[2 if predicts else 1].split("/")[1] if predicts or draws else arguments[0].split("/")[0]
-    run = folder / "runs" / paper / "demo"
-    if (predicts or draws or "eval.py" in arguments[0]) and not run.exists():
-        length = ["--run.steps", "4", "--run.snapshot_every", "2"]
-        if paper == "cpcl":  # its evaluations name epochs: 30 and 60 are kept
-            length = [
-                "--run.steps",
-                "null",
-                "--run.epochs",
-                "61",
-                "--run.steps_per_epoch",
-                "1",
-                "--run.eval_every",
-                "61",
-            ]
-            length += ["--run.snapshot_every", "30", "--run.snapshot_from", "31"]
-        script = "train_semiseg.py" if paper == "cac_cps" else "train.py"
-        arguments = shortened([f"{paper}/{script}", "--config", f"{paper}/configs/demo.json"]) + length
-        run_here(arguments, folder)
+def make_runs_for(arguments: list[str], folder: Path) -> None:
+    """Make the runs `runs/<paper>/demo` that a command names, or that an evaluation finds as the newest."""
+    named = [paper for text in arguments for paper in re.findall(r"^runs/(\w+)/demo", text)]
+    evaluated = [arguments[0].split("/")[0]] if arguments[0].endswith("/eval.py") else []
+    for paper in named or evaluated:
+        if not (folder / "runs" / paper / "demo").exists():
+            make_run(paper, folder)
+
+
+def make_run(paper: str, folder: Path) -> None:
+    length = ["--run.steps", "4", "--run.snapshot_every", "2"]
+    if paper == "cpcl":  # its evaluations name epochs: 30 and 60 are kept
+        length = ["--run.steps", "null", "--run.epochs", "61", "--run.steps_per_epoch", "1", "--run.eval_every", "61"]
+        length += ["--run.snapshot_every", "30", "--run.snapshot_from", "31"]
+    script = "train_semiseg.py" if paper == "cac_cps" else "train.py"
+    run_here(shortened([f"{paper}/{script}", "--config", f"{paper}/configs/demo.json"]) + length, folder)
 
 
 def test_there_are_commands():
@@ -235,7 +229,8 @@ def test_command(command, project, monkeypatch):
     if arguments[0] in SCRIPTS:
         make_split_for(arguments, project)
         shutil.rmtree(project / "runs", ignore_errors=True)
-    make_run_for(arguments, project)
+    if arguments[0] not in SCRIPTS:
+        make_runs_for(arguments, project)
     if arguments[0].endswith("accuracy.py") and "--show" not in arguments:
         arguments.append("--show")  # running a table takes an hour
     if arguments[:2] == ["-m", "common.draw_shapes"]:
@@ -273,7 +268,7 @@ def test_python_code_of_the_page_runs(code, project, monkeypatch, capsys):
     for file in re.findall(r"seen/[^\"]+", code):
         if not (project / file).exists():
             test_command(f"python -m common.predict runs/prcl/demo --export {file}", project, monkeypatch)
-    make_run_for(["-m", "common.predict", "runs/prcl/demo"], project)
+    make_runs_for(re.findall(r"runs/\w+/demo", code), project)
     monkeypatch.chdir(project)
     exec(code, {})
     assert "background" in capsys.readouterr().out
