@@ -268,7 +268,8 @@ def test_python_code_of_the_page_runs(code, project, monkeypatch, capsys):
     for file in re.findall(r"seen/[^\"]+", code):
         if not (project / file).exists():
             test_command(f"python -m common.predict runs/prcl/demo --export {file}", project, monkeypatch)
-    make_runs_for(re.findall(r"runs/\w+/demo", code), project)
+    for run in re.findall(r"runs/\w+/demo", code):
+        make_runs_for([run], project)
     monkeypatch.chdir(project)
     exec(code, {})
     assert "background" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from PIL import Image
 from common.evaluation.line_chart import line_chart, line_style
 from common.evaluation.run_records import Evaluation, ImageScore, RunRecord, differing_settings
 
+Cells = Sequence[tuple[str, str]]  # HTML and class of each cell of a row
 WORST = 4  # images per run
 PICTURE_WIDTH = 900  # of a panel in pixels; wider ones are reduced
 STYLE = """
@@ -27,12 +28,11 @@ table { border-collapse: collapse; width: 100%; }
 th, td { padding: 5px 12px; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 th { font-weight: 600; border-bottom: 1px solid #d5d5dc; }
 tr + tr td { border-top: 1px solid #efeff3; }
-tr.total td { border-top: 2px solid #d5d5dc; font-weight: 600; }
+tr.total td { border-top: 2px solid #d5d5dc; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.best { font-weight: 700; }
 .charts, .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 16px; }
 .charts svg { width: 100%; height: auto; }
-svg text { font-size: 14px; fill: #55555e; }
 .dot { opacity: 0; }
 .dot:hover { opacity: 1; }
 .keys span { margin-right: 18px; white-space: nowrap; }
@@ -168,13 +168,14 @@ def _per_class(records: Sequence[RunRecord]) -> str:
     if not evaluated:
         return "<p>No run has been evaluated.</p>"
     colors = {name: color for record in evaluated for name, color in record.colors.items()}
-    rows = []
-    for name in class_names(evaluated):
-        values = [record.evaluation.per_class.get(name) for record in evaluated]
-        best = best_of(values)
-        cells = [(percent(value), "number best" if index == best else "number") for index, value in enumerate(values)]
-        rows.append([(_swatch(colors.get(name)) + escape(name), ""), *cells])
-    total = [("mean", ""), *((percent(record.evaluation.miou), "number") for record in evaluated)]
+    rows = [
+        [
+            (_swatch(colors.get(name)) + escape(name), ""),
+            *_numbers([record.evaluation.per_class.get(name) for record in evaluated]),
+        ]
+        for name in class_names(evaluated)
+    ]
+    total = [("mean", ""), *_numbers([record.evaluation.miou for record in evaluated])]
     return _table([("class", ""), *((escape(record.name), "number") for record in evaluated)], rows, total)
 
 
@@ -213,11 +214,14 @@ def _inline(path: Path) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
+def _numbers(shares: Sequence[float | None]) -> Cells:
+    """Cells of a row of shares in percent; the best is marked."""
+    best = best_of(shares)
+    return [(percent(share), "number best" if index == best else "number") for index, share in enumerate(shares)]
+
+
 def _swatch(color: tuple[int, int, int] | None) -> str:
     return "" if color is None else f'<span class="swatch" style="background: rgb{tuple(color)}"></span>'
-
-
-Cells = Sequence[tuple[str, str]]  # HTML and class of each cell
 
 
 def _table(columns: Cells, rows: Sequence[Cells], total: Cells | None = None) -> str:

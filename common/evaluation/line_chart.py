@@ -79,7 +79,8 @@ def _line(name: str, places: Points, values: Points, index: int) -> list[str]:
 
 
 def _label(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{more}>{escape(text)}</text>'
+    style = 'font-size="13" fill="#55555e"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {style}{more}>{escape(text)}</text>'
 
 
 def _scale(low: float, high: float, start: float, end: float):
