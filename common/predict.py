@@ -1,7 +1,7 @@
 """Run a trained network on images, or export it to one file.
 
     python -m common.predict runs/prcl/demo photos --out predictions
-    python -m common.predict runs/prcl/demo --export network.pt2
+    python -m common.predict runs/prcl/demo --export network.pt2     # or network.onnx
 
 docs/predict.md explains both.
 """
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,23 +20,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.config import load_config
-from common.config.sections import BaseConfig
 from common.datasets.folder import IMAGE_SUFFIXES
 from common.datasets.reader import picture_size, read_picture
 from common.engine.devices import accelerator_on
 from common.errors import OUT_OF_MEMORY, UserError, report_errors
+from common.evaluation.auto_labels import MIN_CONFIDENCE, AutoLabels, open_auto_labels
 from common.evaluation.batches import ProgressReport, same_size_batches
 from common.evaluation.export import export_network
 from common.evaluation.flags import add_protocol_flags, protocol_from
 from common.evaluation.inference import Protocol, predict
-from common.evaluation.metainfo import default_metainfo, read_metainfo
-from common.evaluation.selection import CheckpointRef, find_checkpoints
-from common.models import build_network
-from common.models.weights import load_state, read_state
+from common.evaluation.predictor import Predictor, load_predictor, load_trained
 from common.visual import overlay, save_label
 
-KINDS = {"overlay": ".png", "mask": ".png", "probability": ".npy"}
+__all__ = ["Predictor", "load_predictor", "main"]
+
+KINDS = {"overlay": ".png", "mask": ".png", "probability": ".npy", "pseudo_label": ".png"}
 Read = Callable[[Path], Tensor]
 
 
@@ -48,58 +46,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("give either images (a folder or a file) or --export FILE")
     if args.images is not None and args.out is None:
         raise UserError("--out FOLDER is missing: the folder to write pictures to")
-    run, checkpoint = select_checkpoint(args.run, args.which)
-    config = load_config(BaseConfig, run / "config.json")
-    metainfo = read_metainfo(run, config.model.num_classes)
-    accelerator = accelerator_on(args.devices, config.run.precision, argv)
-    if metainfo is None:
+    if (args.min_confidence is not None or args.masks is not None) and "pseudo_label" not in args.save:
+        raise UserError("--min-confidence and --masks go with --save pseudo_label")
+    if args.half and args.export is None:
+        raise UserError("--half goes with --export FILE: images are predicted in the precision of the run")
+    trained = load_trained(args.run, args.which)
+    network, metainfo = trained.network, trained.metainfo
+    accelerator = accelerator_on(args.devices, trained.config.run.precision, argv)
+    if not trained.is_evaluated:
         accelerator.print(
-            f"note: {run} has not been evaluated yet: using numbers as class names, VOC's colors and whole images"
+            f"note: {trained.run} has not been evaluated yet: using numbers as class names, VOC's colors, whole images"
         )
-        metainfo = default_metainfo(config.model.num_classes)
     protocol = protocol_from(args, metainfo.protocol)
-    network = build_network(replace(config.model, pretrained=False)).eval()
-    source = str(checkpoint.file)
-    load_state(network, read_state(checkpoint.file), source, f"the network of {run / 'config.json'}")
-    accelerator.print(f"{source} ({protocol.describe()})")
+    accelerator.print(f"{trained.file} ({protocol.describe()})")
     if args.export is not None:
-        export_network(network, replace(metainfo, protocol=protocol), args.export)
+        export_network(network, replace(metainfo, protocol=protocol), args.export, args.half)
         classes = len(metainfo.classes)
         accelerator.print(f"written to {args.export}: from images to probabilities of {classes} classes")
         return
-    files = find_images(args.images, args.out)
+    files, data = find_images(args.images, args.out), trained.config.data
+    labels = None
+    if "pseudo_label" in args.save:
+        least = MIN_CONFIDENCE if args.min_confidence is None else args.min_confidence
+        labels = open_auto_labels(args.out, files, data, metainfo, least, args.masks, accelerator)
     network.to(accelerator.device)
-    read = partial(read_picture, value_range=config.data.image_range)
-    counts = _predict_all(network, files, read, args, metainfo.palette, protocol, accelerator)
+    read = partial(read_picture, value_range=data.image_range)
+    results = Results(args.out, args.save, metainfo.palette, labels)
+    counts = _predict_all(network, files, read, args.batch_size, results, protocol, accelerator)
     done, bad = accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
     accelerator.print(f"{done} of {len(files)} images: {', '.join(args.save)} in {args.out}")
+    if labels is not None:
+        accelerator.print(*labels.finish(data, accelerator), sep="\n")
     accelerator.end_training()
     if bad:
         raise UserError(f"{bad} of {len(files)} images could not be read; they are listed above")
-
-
-def select_checkpoint(given: Path, which: str | None) -> tuple[Path, CheckpointRef]:
-    """Resolve the run folder and the one checkpoint selected on the command line.
-
-    Args:
-        given: A run folder, a checkpoint in it, or its weight file.
-        which: With a run folder the checkpoint, as `-e` of eval.py; None for the best, else the last.
-
-    Raises:
-        UserError: no run folder, no such checkpoint, or several.
-    """
-    if not given.exists():
-        raise UserError(f"{given} does not exist; give a run folder or a checkpoint in one")
-    run = next((path for path in (given, *given.absolute().parents) if (path / "config.json").is_file()), None)
-    if run is None:
-        raise UserError(f"{given} is not a run folder and is not inside one: there is no config.json")
-    if run != given and which is not None:
-        raise UserError(f"-e {which} needs a run folder, but {given} is already a checkpoint: leave -e away")
-    by_epoch = load_config(BaseConfig, run / "config.json").run.epochs is not None
-    checkpoints, _ = find_checkpoints(run, which if run == given else str(given), by_epoch)
-    if len(checkpoints) > 1:
-        raise UserError(f"-e {which} selects {len(checkpoints)} checkpoints; give one")
-    return run, checkpoints[0]
 
 
 def find_images(given: Path, out: Path) -> dict[str, Path]:
@@ -132,12 +112,47 @@ def find_images(given: Path, out: Path) -> dict[str, Path]:
     return found
 
 
+@dataclass(frozen=True)
+class Results:
+    """Files of predicted images.
+
+    Attributes:
+        out: Folder to write to; each kind has a subfolder.
+        kinds: Keys of `KINDS`.
+        palette: uint8 [256,3].
+        labels: Writer of pseudo-labels, if `kinds` has them.
+    """
+
+    out: Path
+    kinds: Sequence[str]
+    palette: np.ndarray
+    labels: AutoLabels | None = None
+
+    def write(self, name: str, image: Tensor, probability: Tensor) -> None:
+        """Write all kinds for image uint8 [3,H,W] with probability [C,H,W]. Raises UserError if it is impossible."""
+        label = probability.argmax(0)
+        try:
+            for kind in self.kinds:
+                path = self.out / kind / f"{name}{KINDS[kind]}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if kind == "mask":
+                    save_label(label, self.palette, path)
+                elif kind == "overlay":
+                    overlay(image, label, self.palette).save(path)
+                elif kind == "pseudo_label":
+                    self.labels.write(name, probability)
+                else:
+                    np.save(path, probability.half().numpy())
+        except OSError as error:
+            raise UserError(f"pictures cannot be written to {self.out}: {error.strerror or error}") from None
+
+
 def _predict_all(
     network: nn.Module,
     files: dict[str, Path],
     read: Read,
-    args: argparse.Namespace,
-    palette: np.ndarray,
+    batch_size: int | None,
+    results: Results,
     protocol: Protocol,
     accelerator: Accelerator,
 ) -> tuple[int, int]:
@@ -149,7 +164,7 @@ def _predict_all(
         ProgressReport("predicting", len(names), accelerator.is_main_process) as progress,
     ):
         writing: list[Future] = []
-        for readable, images, failures in _batches(names, files, read, args.batch_size, pool):
+        for readable, images, failures in _batches(names, files, read, batch_size, pool):
             for failure in failures:
                 progress.print(f"warning: {failure}")
             if images is not None:
@@ -157,7 +172,7 @@ def _predict_all(
                 for future in writing:  # the previous batch, written while this one was predicted
                     future.result()
                 writing = [
-                    pool.submit(_write, args.out, name, image, probability, palette, args.save)
+                    pool.submit(results.write, name, image, probability)
                     for name, image, probability in zip(readable, images, probabilities)
                 ]
             done, bad = done + len(readable), bad + len(failures)
@@ -219,23 +234,6 @@ def _decoded(batch: list[tuple[str, Future]]) -> tuple[list[str], Tensor | None,
     return list(images), torch.stack(list(images.values())) if images else None, failures
 
 
-def _write(out: Path, name: str, image: Tensor, probability: Tensor, palette: np.ndarray, kinds: list[str]) -> None:
-    """Write the selected kinds of pictures of one image. Raises UserError where they cannot be written."""
-    label = probability.argmax(0)
-    try:
-        for kind in kinds:
-            path = out / kind / f"{name}{KINDS[kind]}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if kind == "mask":
-                save_label(label, palette, path)
-            elif kind == "overlay":
-                overlay(image, label, palette).save(path)
-            else:
-                np.save(path, probability.half().numpy())
-    except OSError as error:
-        raise UserError(f"pictures cannot be written to {out}: {error.strerror or error}") from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m common.predict",
@@ -250,7 +248,17 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=KINDS,
         default=["overlay", "mask"],
-        help="overlay: image under the classes' colors; mask: PNG of class ids; probability: float16 [C,H,W] as .npy",
+        help="overlay: image under the classes' colors; mask: PNG of class ids; probability: float16 [C,H,W] as .npy; "
+        "pseudo_label: PNG of the confident pixels, to train on (docs/auto_labels.md)",
+    )
+    parser.add_argument(
+        "--min-confidence",
+        type=_share,
+        metavar="P",
+        help=f"with --save pseudo_label: smallest confidence of a labeled pixel, by default {MIN_CONFIDENCE}",
+    )
+    parser.add_argument(
+        "--masks", type=Path, metavar="FOLDER", help="with --save pseudo_label: masks drawn by people, which are kept"
     )
     add_protocol_flags(parser)
     parser.add_argument(
@@ -259,7 +267,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images of one size that are predicted together; by default as many as make a megapixel",
     )
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write the network to FILE.pt2 (torch.export)")
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="write the network to FILE.pt2 (torch.export) or FILE.onnx"
+    )
+    parser.add_argument("--half", action="store_true", help="with --export: in half precision (fp16)")
     return parser
 
 
@@ -267,6 +278,13 @@ def _count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be above 0")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError("must be between 0 and 1")
     return number
 
 

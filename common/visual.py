@@ -59,10 +59,12 @@ def colorize(label: Tensor | np.ndarray, palette: np.ndarray) -> np.ndarray:
     return _with_ignore(palette)[np.asarray(label).astype(np.uint8)]
 
 
-def save_label(label: Tensor | np.ndarray, palette: np.ndarray, path: Path) -> None:
+def save_label(
+    label: Tensor | np.ndarray, palette: np.ndarray, path: Path, ignore_color: Sequence[int] = IGNORE_COLOR
+) -> None:
     """Write class ids [H,W] as a palette PNG: pixel values are ids, shown in the colors uint8 [256,3]."""
     picture = Image.fromarray(np.asarray(label).astype(np.uint8)).convert("P")
-    picture.putpalette(_with_ignore(palette).tobytes())
+    picture.putpalette(_with_ignore(palette, ignore_color).tobytes())
     picture.save(path)
 
 
@@ -281,8 +283,8 @@ def _series(lines: list[dict], name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _with_ignore(palette: np.ndarray) -> np.ndarray:
-    return np.concatenate([palette[:IGNORE], np.array([IGNORE_COLOR], np.uint8)])
+def _with_ignore(palette: np.ndarray, ignore_color: Sequence[int] = IGNORE_COLOR) -> np.ndarray:
+    return np.concatenate([palette[:IGNORE], np.array([ignore_color], np.uint8)])
 
 
 def _image(image: Tensor) -> np.ndarray:

@@ -20,7 +20,7 @@ from common.evaluation.export import MIN_SIDE, Deployed, export_network
 from common.evaluation.inference import Protocol, predict
 from common.evaluation.metainfo import MetaInfo, default_metainfo, read_metainfo, write_metainfo
 from common.models import build_network
-from common.predict import main
+from common.predict import load_predictor, main
 
 MODEL = ModelConfig(3, "resnet18", channels=8, pretrained=False)
 SIZES = {"a": (40, 52), "sub/b": (40, 52), "c": (3, 70), "gray": (33, 20)}
@@ -143,7 +143,8 @@ def test_a_bad_file_is_named_and_the_others_are_predicted(run, images, tmp_path,
         (["{run}", "{run}/checkpoints", "--out", "{out}"], "no images in"),
         (["{run}", "{images}", "--out", "{out}", "-e", "0-"], "selects 2 checkpoints; give one"),
         (["{run}", "{images}", "--out", "{images}/a.png"], "pictures cannot be written"),
-        (["{run}", "--export", "{out}/network.onnx"], "must end in .pt2"),
+        (["{run}", "--export", "{out}/network.tflite"], "must end in .pt2 (for PyTorch) or .onnx"),
+        (["{run}", "{images}", "--out", "{out}", "--half"], "--half goes with --export"),
         (["{run}", "--export", "{out}/network.pt2", "--sliding", "32"], "add --whole"),
         (["{run}", "--export", "{out}/network.pt2", "--scales", "0.5"], "leave --scales away"),
     ],
@@ -223,3 +224,47 @@ def test_a_program_that_differs_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not the trained one"):
         export_network(Toy().eval(), default_metainfo(3), tmp_path / "toy.pt2")
     assert not (tmp_path / "toy.pt2").exists()
+
+
+def test_the_function_predicts_what_the_command_does(run, images, tmp_path):
+    predictor = load_predictor(run, device="cpu")
+    assert predictor.classes == METAINFO.classes and predictor.protocol == METAINFO.protocol
+    pictures = [Image.open(images / f"{name}.png") for name in SIZES]
+    for as_given in (lambda picture: picture, lambda picture: np.asarray(picture)):  # also the gray one
+        found = predictor([as_given(picture) for picture in pictures])
+        for (name, size), (label, confidence) in zip(SIZES.items(), found, strict=True):
+            want = expected(run, images / f"{name}.png")
+            assert label.dtype == np.uint8 and confidence.dtype == np.float32 and label.shape == size
+            assert np.array_equal(label, want.argmax(0).numpy())
+            np.testing.assert_allclose(confidence, want.max(0).values.numpy(), atol=1e-5)
+    label, confidence = predictor(pictures[0].convert("RGBA"))
+    assert np.array_equal(label, found[0][0]) and np.allclose(confidence, found[0][1])
+    assert predictor([]) == []
+
+
+def test_the_function_takes_a_checkpoint_and_a_protocol(run, images):
+    protocol = Protocol((32, 32), flip=True)
+    checkpoint = load_predictor(str(run / "checkpoints" / "step_00000004"), device="cpu", protocol=protocol)
+    label, _ = checkpoint(Image.open(images / "a.png"))
+    assert np.array_equal(label, expected(run, images / "a.png", protocol).argmax(0).numpy())
+    assert not np.array_equal(label, load_predictor(run, "2", "cpu")(Image.open(images / "a.png"))[0])
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"image 1 is an array float32 \[4, 4, 3\]; give 8-bit PIL images, or arrays"),
+        (np.zeros((3, 4, 4), np.uint8), r"an array uint8 \[3, 4, 4\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"an array uint8 \[0, 4, 3\]"),
+        (Image.new("I;16", (4, 4)), "a picture of mode I;16"),
+        ("a.png", "image 1 is str"),
+    ],
+)
+def test_the_function_refuses_other_pictures(run, image, words):
+    with pytest.raises(UserError, match=words):
+        load_predictor(run, device="cpu")([Image.new("RGB", (9, 9)), image])
+
+
+def test_a_device_that_does_not_exist_is_an_error(run):
+    with pytest.raises(UserError, match="device cuda:99 does not exist"):
+        load_predictor(run, device="cuda:99")

@@ -23,10 +23,11 @@ from common.splits.split import Split, write_split
 from tests.conftest import SCRIPTS, method_flags
 from tests.helpers.commands import SMALL_MODEL, run_python, without_launcher
 from tests.test_ade20k_coco import ade20k, coco
+from tests.test_your_data import draw
 
 ROOT = Path(__file__).parent.parent
-# The commands of these go together: test_your_data.py and test_add_a_paper.py run them.
-TOGETHER = {ROOT / "docs/your_data.md", ROOT / "docs/add_a_paper.md"}
+# The commands of these go together: test_your_data.py, test_add_a_paper.py and, for auto-labels, a test below run them.
+TOGETHER = {ROOT / "docs/your_data.md", ROOT / "docs/add_a_paper.md", ROOT / "docs/auto_labels.md"}
 PAGES = sorted({ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")} - TOGETHER)
 SMALL_DATA = ["--data.crop_size", "[32,32]", "--data.workers", "0", "--data.allow_overlap", "true"]
 SMALL_RUN = ["--optim.batch_size", "2", "--run.steps", "2", "--run.eval_every", "2", "--run.threads", "1"]
@@ -44,6 +45,7 @@ def commands() -> list[str]:
 
 
 COMMANDS = commands()
+PYTHON = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "predict.md").read_text(), re.MULTILINE | re.DOTALL)
 OTHERS = ("make ", "git clone ")  # tested below and in test_adopt.py
 DRAWING = ("python benchmarks/pictures.py", "python benchmarks/results.py")
 
@@ -199,28 +201,22 @@ def write_published(folder: Path) -> None:
     order.write_bytes(pickle.dumps(np.arange(700)))
 
 
-def make_run_for(arguments: list[str], folder: Path) -> None:
-    predicts = arguments[:2] == ["-m", "common.predict"]
-    draws = arguments[0] == "benchmarks/pictures.py" and len(arguments) > 1
-    paper = arguments[2 if predicts else 1].split("/")[1] if predicts or draws else arguments[0].split("/")[0]
-    run = folder / "runs" / paper / "demo"
-    if (predicts or draws or "eval.py" in arguments[0]) and not run.exists():
-        length = ["--run.steps", "4", "--run.snapshot_every", "2"]
-        if paper == "cpcl":  # its evaluations name epochs: 30 and 60 are kept
-            length = [
-                "--run.steps",
-                "null",
-                "--run.epochs",
-                "61",
-                "--run.steps_per_epoch",
-                "1",
-                "--run.eval_every",
-                "61",
-            ]
-            length += ["--run.snapshot_every", "30", "--run.snapshot_from", "31"]
-        script = "train_semiseg.py" if paper == "cac_cps" else "train.py"
-        arguments = shortened([f"{paper}/{script}", "--config", f"{paper}/configs/demo.json"]) + length
-        run_here(arguments, folder)
+def make_runs_for(arguments: list[str], folder: Path) -> None:
+    """Make the runs `runs/<paper>/demo` that a command names, or that an evaluation finds as the newest."""
+    named = [paper for text in arguments for paper in re.findall(r"^runs/(\w+)/demo", text)]
+    evaluated = [arguments[0].split("/")[0]] if arguments[0].endswith("/eval.py") else []
+    for paper in named or evaluated:
+        if not (folder / "runs" / paper / "demo").exists():
+            make_run(paper, folder)
+
+
+def make_run(paper: str, folder: Path) -> None:
+    length = ["--run.steps", "4", "--run.snapshot_every", "2"]
+    if paper == "cpcl":  # its evaluations name epochs: 30 and 60 are kept
+        length = ["--run.steps", "null", "--run.epochs", "61", "--run.steps_per_epoch", "1", "--run.eval_every", "61"]
+        length += ["--run.snapshot_every", "30", "--run.snapshot_from", "31"]
+    script = "train_semiseg.py" if paper == "cac_cps" else "train.py"
+    run_here(shortened([f"{paper}/{script}", "--config", f"{paper}/configs/demo.json"]) + length, folder)
 
 
 def test_there_are_commands():
@@ -233,7 +229,8 @@ def test_command(command, project, monkeypatch):
     if arguments[0] in SCRIPTS:
         make_split_for(arguments, project)
         shutil.rmtree(project / "runs", ignore_errors=True)
-    make_run_for(arguments, project)
+    if arguments[0] not in SCRIPTS:
+        make_runs_for(arguments, project)
     if arguments[0].endswith("accuracy.py") and "--show" not in arguments:
         arguments.append("--show")  # running a table takes an hour
     if arguments[:2] == ["-m", "common.draw_shapes"]:
@@ -242,6 +239,8 @@ def test_command(command, project, monkeypatch):
         monkeypatch.setattr("common.splits.published.record", lambda: {"lists": [], "splits": []})
         if "--out" in arguments:  # a split made for a config of the same name
             shutil.rmtree(project / arguments[arguments.index("--out") + 1], ignore_errors=True)
+    if any(argument.endswith(".onnx") for argument in arguments):
+        pytest.importorskip("onnxruntime")
     assert run_here(shortened(arguments), project).strip()
 
 
@@ -250,15 +249,30 @@ def test_command_with_matplotlib(command, curves, project, monkeypatch):
     test_command(command, project, monkeypatch)
 
 
-def test_the_exported_network_is_loaded_as_the_page_says(project, monkeypatch, capsys):
-    page = (ROOT / "docs" / "predict.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    (command,) = (command for command in COMMANDS if "--export" in command)
-    if not (project / "seen" / "prcl.pt2").exists():
-        test_command(command, project, monkeypatch)
+def test_the_loop_of_auto_labels_runs(tmp_path):
+    mine = draw(tmp_path)
+    for name in ("prcl", "splits"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (block,) = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "auto_labels.md").read_text(), re.MULTILINE | re.DOTALL)
+    out = [run_here(shortened(without_launcher(command)), tmp_path) for command in block.splitlines()]
+    assert "12 masks of people kept" in out[2]
+    printed = re.search(r"^train with (.*)$", out[2], re.MULTILINE)[1]
+    assert printed in block  # the page trains with the settings that the command prints
+    assert "mIoU" in out[4] and len(list((mine / "round1" / "pseudo_label").glob("*.png"))) == 20
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=[code.strip().splitlines()[-1] for code in PYTHON])
+def test_python_code_of_the_page_runs(code, project, monkeypatch, capsys):
+    if "onnxruntime" in code:
+        pytest.importorskip("onnxruntime")
+    for file in re.findall(r"seen/[^\"]+", code):
+        if not (project / file).exists():
+            test_command(f"python -m common.predict runs/prcl/demo --export {file}", project, monkeypatch)
+    for run in re.findall(r"runs/\w+/demo", code):
+        make_runs_for([run], project)
     monkeypatch.chdir(project)
     exec(code, {})
-    assert "'background'" in capsys.readouterr().out
+    assert "background" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("make ")])

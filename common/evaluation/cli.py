@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from torch import nn
 
@@ -148,7 +148,10 @@ class _Evaluation:
             share = self.names[accelerator.process_index :: accelerator.num_processes]
             samples = sample_predictions(network, self.reader, share, report.protocol, accelerator.device)
             with accelerator.autocast():  # in the precision of the scores
-                report.write_pictures(checkpoint, samples, self.reader.palette)
+                written = report.write_pictures(checkpoint, samples, self.reader.palette)
+            everywhere = dict(gather_object(list(written.items())))
+            if accelerator.is_main_process:
+                report.write_image_scores(checkpoint, everywhere)
         return scores
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from rich.table import Table
 from common.errors import UserError
 from common.evaluation.inference import Protocol
 from common.evaluation.selection import CheckpointRef
-from common.metrics import Scores
+from common.metrics import ConfusionMatrix, Scores
 from common.visual import Sample, compare, save_ids, save_label, score_curve
 
+IMAGE_SCORES = "scores.json"  # beside the pictures of a checkpoint: mIoU of each image
 Results = Sequence[tuple[CheckpointRef, Scores]]
 
 
@@ -95,8 +96,10 @@ class Report:
         except OSError as error:
             raise UserError(f"the curve cannot be written to {curve}: {error.strerror}") from None
 
-    def write_pictures(self, checkpoint: CheckpointRef, samples: Iterable[Sample], palette: np.ndarray) -> None:
-        """Write three pictures per image.
+    def write_pictures(
+        self, checkpoint: CheckpointRef, samples: Iterable[Sample], palette: np.ndarray
+    ) -> dict[str, float]:
+        """Write three pictures per image, and return the mIoU of each image over the classes that occur in it.
 
         `prediction/` shows colors, `ids/` is gray with the class id as pixel value, and `side_by_side/` shows image,
         prediction and label.
@@ -106,7 +109,8 @@ class Report:
             samples: Images with labels and predictions.
             palette: uint8 [256,3].
         """
-        folder = self.folder / "pictures" / self._stem(checkpoint.name)
+        folder = self._pictures_of(checkpoint)
+        scores = {}
         try:
             for sample in samples:
                 for kind in ("prediction", "ids", "side_by_side"):  # a name may contain folders
@@ -114,8 +118,20 @@ class Report:
                 save_label(sample.prediction, palette, folder / "prediction" / f"{sample.name}.png")
                 save_ids(sample.prediction, folder / "ids" / f"{sample.name}.png")
                 compare(sample, palette).save(folder / "side_by_side" / f"{sample.name}.png")
+                confusion = ConfusionMatrix(len(self.classes))
+                confusion.update(sample.prediction, sample.label)
+                scores[sample.name] = confusion.scores().miou
         except OSError as error:
             raise UserError(f"pictures cannot be written to {folder}: {error.strerror}") from None
+        return scores
+
+    def write_image_scores(self, checkpoint: CheckpointRef, scores: Mapping[str, float]) -> None:
+        """Write the mIoU of images, the worst first, beside their pictures; images without a labeled pixel are out."""
+        known = {name: miou for name, miou in scores.items() if math.isfinite(miou)}
+        _write_json(self._pictures_of(checkpoint) / IMAGE_SCORES, dict(sorted(known.items(), key=lambda one: one[1])))
+
+    def _pictures_of(self, checkpoint: CheckpointRef) -> Path:
+        return self.folder / "pictures" / self._stem(checkpoint.name)
 
     @property
     def _has_background(self) -> bool:
