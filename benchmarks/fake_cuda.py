@@ -65,29 +65,33 @@ class Wait:
 
 
 class Memory:
-    """Bytes of all live storages on the device.
+    """Bytes of all live storages on one kind of device, in the blocks in which CUDA allocates them.
+
+    Args:
+        device: Type of the device.
 
     Attributes:
-        now, peak: Bytes, now and at most.
-        at_peak: `Wait.phase`, or a mark set by `mark`, in which the peak was reached.
+        now: Bytes now.
+        peaks: Most bytes so far, by `Wait.phase`.
     """
 
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-        self.mark, self.at_peak = "", ""
+    def __init__(self, device: str = "cuda") -> None:
+        self.now = 0
+        self.peaks: Counter[str] = Counter()
+        self._device = device
         self._live: set[int] = set()
 
-    def see(self, tensor: Tensor) -> None:
-        """Count the storage of a tensor on the device until it is freed."""
-        storage = tensor.untyped_storage()
-        if storage._cdata in self._live:
+    def see(self, tensor: Tensor, phase: str) -> None:
+        """Count the storage of a tensor, if it is on the device, until it is freed."""
+        if tensor.device.type != self._device:
             return
-        size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
-        self._live.add(storage._cdata)
-        self.now += size
-        if self.now > self.peak:
-            self.peak, self.at_peak = self.now, self.mark
-        weakref.finalize(storage, self._free, storage._cdata, size).atexit = False
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._live:
+            size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
+            self._live.add(storage._cdata)
+            self.now += size
+            weakref.finalize(storage, self._free, storage._cdata, size).atexit = False
+        self.peaks[phase] = max(self.peaks[phase], self.now)
 
     def _free(self, key: int, size: int) -> None:
         self._live.discard(key)
@@ -141,8 +145,7 @@ class Watch(TorchDispatchMode):
             self.waits.append(Wait(place(), str(operation), self.phase))
 
     def _seen(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type == "cuda":
-            self.memory.see(tensor)
+        self.memory.see(tensor, self.phase)
         return tensor
 
     def _check_copy(self, function: Any, args: tuple, kwargs: dict[str, Any], result: Tensor) -> None:
@@ -182,30 +185,37 @@ class Graph:
         missing = dependencies(loss.grad_fn)
         gradients: dict[Any, list[Tensor | None]] = defaultdict(list)
         gradients[loss.grad_fn] = [torch.ones_like(loss)]
-        ready, order = [(-loss.grad_fn._sequence_nr(), 0, loss.grad_fn)], itertools.count(1)
+        ready, order = [(0, 0, loss.grad_fn)], itertools.count(1)
         # Recomputed activations belong to the pass with this number.
         number = next(self._passes)
         with patch("torch._C._current_graph_task_id", lambda: number):
             while ready:
                 node = heapq.heappop(ready)[2]
-                results = self._call(node, gradients.pop(node))
-                for (following, slot), result in zip(node.next_functions, results):
-                    if following is None:
-                        continue
-                    held = gradients[following]
-                    held += [None] * (slot + 1 - len(held))
-                    if result is not None:
-                        expected = following._input_metadata[slot]
-                        if result.device != expected.device:
-                            raise RuntimeError(f"{node} returns a gradient on {result.device} for {expected.device}")
-                        # Operands that were broadcast, or converted, get a gradient of their own form.
-                        result = result.sum_to_size(expected.shape).to(expected.dtype)
-                        held[slot] = result if held[slot] is None else held[slot] + result
+                for following in self._hand_on(node, self._call(node, gradients.pop(node)), gradients):
                     missing[following] -= 1
                     if not missing[following]:
                         # Gradients of parameters are added at once, as the engine does.
                         urgency = -sys.maxsize if hasattr(following, "variable") else -following._sequence_nr()
                         heapq.heappush(ready, (urgency, next(order), following))
+
+    def _hand_on(self, node: Any, results: Sequence[Tensor | None], gradients: dict[Any, list]) -> list[Any]:
+        """Add the results of a function to the gradients of those that follow, and return these."""
+        found = []
+        for (following, slot), result in zip(node.next_functions, results):
+            if following is None:
+                continue
+            found.append(following)
+            held = gradients[following]
+            held += [None] * (slot + 1 - len(held))
+            if result is None:
+                continue
+            expected = following._input_metadata[slot]
+            if result.device != expected.device:
+                raise RuntimeError(f"{node} returns a gradient on {result.device} for {expected.device}")
+            # Operands that were broadcast, or converted, get a gradient of their own form.
+            result = result.sum_to_size(expected.shape).to(expected.dtype)
+            held[slot] = result if held[slot] is None else held[slot] + result
+        return found
 
     def _call(self, node: Any, gradients: list[Tensor | None]) -> Sequence[Tensor | None]:
         if all(gradient is None for gradient in gradients):

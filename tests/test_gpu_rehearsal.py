@@ -43,6 +43,9 @@ ELSEWHERE = {
         "common/evaluation/evaluate.py evaluate",  # once, at its end
         "common/evaluation/evaluate.py sample_predictions",
         "common/metrics.py ConfusionMatrix.scores",
+        "memory_bank/training.py build",
+        "memory_bank/training.py Restart.schedule",
+        *(f"memory_bank/{name}.py train" for name in ("train", "train_less_memory", "train_domain_adaptation")),
         "cac_cps/panels.py _shown_pairs",
         "cac_cps/panels.py _cell_predictions",
     },
@@ -59,11 +62,11 @@ def pytest_generate_tests(metafunc) -> None:
 def rehearse(tiny):
     """Run three steps of a script on a fake GPU."""
 
-    def run(script: str) -> FakeCuda:
+    def run(script: str, *more: str) -> FakeCuda:
         length = ["--run.steps", STEPS, "--run.eval_every", STEPS, "--run.save_every", STEPS, "--run.log_every", STEPS]
         contrast = ["--method.cac.epoch_start_unsup", "0"] if script == "cac_cps/train.py" else []
         with FakeCuda() as fake:
-            train(script, tiny(script, *map(str, length), "--run.precision", "bf16", *contrast))
+            train(script, tiny(script, *map(str, length), "--run.precision", "bf16", *contrast, *more))
         return fake
 
     return run
@@ -90,6 +93,12 @@ def test_a_step_on_a_gpu_waits_for_nothing_but_the_listed(script, rehearse):
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert {parameter.device.type for parameter in trained} == {"cuda"}
     assert len(optimizer.state) == len(trained)  # each had a gradient
+
+
+def test_a_network_without_batch_norm_waits_no_more(rehearse):
+    encoder = ("--model.backbone", "vit_tiny_patch16_224", "--model.head", "dpt", "--model.pretrained", "false")
+    fake = rehearse("supervised/train.py", *encoder)
+    assert waits_in_steps(fake) == Counter({FIRST_USE: 2, FINITE: STEPS})
 
 
 def test_a_tensor_on_the_cpu_is_found(rehearse, monkeypatch):
