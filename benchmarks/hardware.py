@@ -2,7 +2,7 @@
 
     python benchmarks/hardware.py prcl
     python benchmarks/hardware.py unimatch/configs/cityscapes_unimatch_resnet101 --optim.accumulation 2
-    python benchmarks/hardware.py --write        # all settings, half an hour; updates docs/hardware.md
+    python benchmarks/hardware.py --write    # all settings that benchmarks/results/hardware.json lacks; docs/hardware.md
 
 Runs two optimizer steps of the training script on a fake GPU (`benchmarks/fake_cuda.py`) with made-up images, and
 counts the bytes of all tensors that are alive at once: networks, gradients, optimizer, activations, losses. What CUDA
@@ -91,11 +91,6 @@ def describe(setting: Setting, more: Sequence[str] = ()) -> dict[str, Any]:
     return row
 
 
-def effects(setting: Setting) -> dict[str, float]:
-    """Peak in GiB of a setting in bf16 with each of `CHANGES`."""
-    return {name: round(peak_bytes(setting, "bf16", more) / GIB, 1) for name, more in CHANGES.items()}
-
-
 COLUMNS = ("paper", "dataset", "encoder", "crop", "batch", "fp32", "card_fp32", "bf16", "card_bf16")
 TITLES = ("paper", "dataset", "encoder", "crop", "labeled batch", "fp32, GB", "card", "bf16, GB", "card")
 
@@ -112,12 +107,32 @@ def effects_markdown(results: dict[str, dict[str, float]]) -> str:
     lines = ["| bf16, one GPU | " + " | ".join(f"`{config}`" for config in results) + " |"]
     lines.append("|---" * (1 + len(results)) + "|")
     for name in CHANGES:
-        lines.append(f"| {name} | " + " | ".join(f"{result[name]} GB" for result in results.values()) + " |")
+        cells = (f"{result[name]} GB" if name in result else "" for result in results.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def write_page(results: dict[str, Any]) -> None:
-    """Replace both tables of the page."""
+def update_page(console: Console) -> None:
+    """Compute what the results file lacks, and update file and page after each entry."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"settings": [], "changes": {}}
+    found = {row["config"]: row for row in results["settings"]}
+    examples = [setting for setting in SETTINGS if setting.config in EXAMPLES]
+    for setting in [*examples, *SETTINGS]:
+        if setting.config not in found:
+            found[setting.config] = describe(setting)
+            console.print(found[setting.config], highlight=False, soft_wrap=True)
+        results["settings"] = [found[one.config] for one in SETTINGS if one.config in found]
+        _write(results)
+    for setting in examples:
+        saved = results["changes"].setdefault(setting.config, {})
+        for name in CHANGES.keys() - saved.keys():
+            saved[name] = round(peak_bytes(setting, "bf16", CHANGES[name]) / GIB, 1)
+            console.print(setting.config, name, saved[name], highlight=False, soft_wrap=True)
+            _write(results)
+
+
+def _write(results: dict[str, Any]) -> None:
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     text = PAGE.read_text()
     for name, table in (("settings", markdown(results["settings"])), ("changes", effects_markdown(results["changes"]))):
         between = rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)"
@@ -131,21 +146,16 @@ def main() -> None:
     parser.add_argument(
         "settings", nargs="*", help="words in a paper's name, script or config; by default all settings"
     )
-    parser.add_argument("--write", action="store_true", help="compute the changes, too, and update the page")
+    parser.add_argument("--write", action="store_true", help="compute all that the results file lacks; update the page")
     options, more = parser.parse_known_args()
-    console, rows = Console(), []
-    for setting in settings_named(options.settings):
-        rows.append(describe(setting, more))
-        console.print(" ".join(str(rows[-1][column]) for column in COLUMNS), highlight=False, soft_wrap=True)
+    console = Console()
     if options.write:
-        changes = {one.config: effects(one) for one in SETTINGS if one.config in EXAMPLES}
-        results = {"settings": rows, "changes": changes}
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        write_page(results)
+        update_page(console)
         return
     table = Table(*TITLES, title="computed, not measured")
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in COLUMNS))
+    for setting in settings_named(options.settings):
+        entry = describe(setting, more)
+        table.add_row(*(str(entry[column]) for column in COLUMNS))
     console.print(table)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -64,9 +65,9 @@ def _of(paper: str, script: str, *configs: str) -> list[Setting]:
 
 
 PLAIN = ("voc", "cityscapes", "voc_dinov2_small", "cityscapes_dinov2_small")
-CAC = [f"{data}_cac_deeplabv3+_{net}_1over8_datalist0" for net in ("resnet101", "resnet50") for data in ("voc", "city")]
+CAC = ("voc_cac_deeplabv3+_resnet101_1over8_datalist0", "city_cac_deeplabv3+_resnet101_1over8_datalist0")
 CPS = ("voc_cps_resnet50_1over8", "city_cps_resnet50_1over8")
-CPCL = ("voc_resnet101_1over8", "voc_resnet50_1over8", "city_resnet50_1over8", *PLAIN[2:])
+CPCL = ("voc_resnet101_1over8", "city_resnet50_1over8", *PLAIN[2:])
 BANK = ("configSSL_pascal_1_8_split0_COCO", "configSSL_city_1_8_split0_COCO", *PLAIN[2:])
 SETTINGS = [
     *_of("labels only", "supervised/train.py", *PLAIN),
@@ -100,6 +101,18 @@ def settings_named(words: Sequence[str]) -> list[Setting]:
     return [one for one, text in texts.items() if not words or any(word.lower() in text for word in words)]
 
 
+@cache
+def pictures(dataset: str, size: tuple[int, int] | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Random images uint8 [3,H,W] and labels uint8 [H,W] with the classes of a dataset, and its size by default."""
+    height, width = size or SIZES[dataset]
+    rng = np.random.default_rng(0)
+    # Patches as large as objects are, as a label of noise would have no region for ClassMix to cut out.
+    patches = rng.integers(CLASSES[dataset], size=(DIFFERENT, -(-height // 64), -(-width // 64)), dtype=np.uint8)
+    labels = np.ascontiguousarray(patches.repeat(64, 1).repeat(64, 2)[:, :height, :width])
+    images = rng.integers(64, size=(DIFFERENT, height, width, 3), dtype=np.uint8) + 8 * labels[..., None]
+    return list(torch.from_numpy(images).movedim(-1, 1)), list(torch.from_numpy(labels))
+
+
 class MadeUp(Reader):
     """Random images and labels of a dataset's size and classes, in memory.
 
@@ -112,16 +125,8 @@ class MadeUp(Reader):
 
     def __init__(self, data: DataConfig, size: tuple[int, int] | None = None) -> None:
         self._dataset = data.dataset
-        num_classes = CLASSES[data.dataset]
-        self.classes, self.palette = named_classes(data, num_classes)
-        height, width = size or SIZES[self._dataset]
-        rng = np.random.default_rng(0)
-        # Patches as large as objects are, as a label of noise would have no region for ClassMix to cut out.
-        patches = rng.integers(num_classes, size=(DIFFERENT, -(-height // 64), -(-width // 64)), dtype=np.uint8)
-        labels = patches.repeat(64, 1).repeat(64, 2)[:, :height, :width]
-        noise = rng.integers(64, size=(DIFFERENT, height, width, 3), dtype=np.uint8)
-        self._labels = torch.from_numpy(np.ascontiguousarray(labels))
-        self._images = torch.from_numpy(noise + 8 * labels[..., None]).movedim(-1, 1)
+        self.classes, self.palette = named_classes(data, CLASSES[data.dataset])
+        self._images, self._labels = pictures(data.dataset, size)
 
     def names(self, subset: str) -> list[str]:
         return [f"{subset}_{number}" for number in range(TRAINING_IMAGES[self._dataset] if subset == "train" else 1)]
@@ -155,6 +160,8 @@ class MadeUp(Reader):
 @contextmanager
 def made_up_data(size: tuple[int, int] | None = None) -> Iterator[None]:
     """Context in which every config finds made-up images in place of its dataset."""
+    for dataset in SIZES:
+        pictures(dataset, size)  # made now, with values, also where the run itself is on a fake GPU
     readers: list[MadeUp] = []
 
     def open_reader(data: DataConfig) -> Reader:
