@@ -78,36 +78,46 @@ class Measured:
     phases: dict[str, float]
 
 
-class Timer(Recorder):
-    """Time `steps` steps together, without a wait between them."""
+class Steps:
+    """Recorder for `benchmarks.step.watch` that ends a run after the warm-up and some more steps.
+
+    Args:
+        steps: Number of steps after the warm-up.
+        device: Device of the run.
+    """
 
     def __init__(self, steps: int, device: torch.device) -> None:
-        super().__init__(WARM_UP + steps, device, with_bare=False)
-        self._done, self.seconds = 0, 0.0
+        self.steps, self.device = WARM_UP + steps, device
+        self.done = 0
+
+    def before_forward(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
+        pass
+
+    def after_forward(self, network: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
     def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._calls, self._done = [], self._done + 1
-        if self._done == WARM_UP:
+        self.done += 1
+        if self.done == self.steps:
+            raise Enough
+
+
+class Timer(Steps):
+    """Times the steps after the warm-up together, without a wait between them.
+
+    Attributes:
+        seconds: Mean seconds per step.
+    """
+
+    def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self.done + 1 == WARM_UP:
             wait(self.device)
             reset_peak(self.device)
             self._begin = time.perf_counter()
-        if self._done == self.steps:
+        if self.done + 1 == self.steps:
             wait(self.device)
             self.seconds = (time.perf_counter() - self._begin) / (self.steps - WARM_UP)
-            raise Enough
-
-
-class Profiled(Recorder):
-    """Count the waits of each step after the warm-up; the time of its phases is in the profile."""
-
-    def __init__(self, steps: int, device: torch.device) -> None:
-        super().__init__(WARM_UP + steps, device, with_bare=False)
-        self._done = 0
-
-    def after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._calls, self._done = [], self._done + 1
-        if self._done == self.steps:
-            raise Enough
+        super().after_step(optimizer)
 
 
 class Cycle:
@@ -212,7 +222,7 @@ def measure(setting: Setting, variant: str, steps: int, device: torch.device, mo
         images.append(named.get("images", images_per_step))
         return finish(run, values, images[-1])
 
-    def observe(recorder: Recorder) -> None:
+    def observe(recorder: Recorder | Steps) -> None:
         with tempfile.TemporaryDirectory() as folder:
             command = [*setting.arguments(Path(folder), ENDLESS), *arguments, *more]
             watch(train, command, recorder)
@@ -233,7 +243,7 @@ def measure(setting: Setting, variant: str, steps: int, device: torch.device, mo
         observe(bare)
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         with profile(activities=activities) as session:
-            observe(Profiled(steps, device))
+            observe(Steps(steps, device))
     whole, alone = (statistics.median(times[WARM_UP:]) for times in (bare.whole, bare.bare))
     waits, phases = read_profile(session.events(), WARM_UP + steps, device)
     outside = max(0.0, 1 - alone / whole)

@@ -2,7 +2,7 @@
 
     python benchmarks/hardware.py prcl
     python benchmarks/hardware.py unimatch/configs/cityscapes_unimatch_resnet101 --optim.accumulation 2
-    python benchmarks/hardware.py --write    # all settings that benchmarks/results/hardware.json lacks; docs/hardware.md
+    python benchmarks/hardware.py --write    # what benchmarks/results/hardware.json lacks; updates docs/hardware.md
 
 Runs two optimizer steps of the training script on a fake GPU (`benchmarks/fake_cuda.py`) with made-up images, and
 counts the bytes of all tensors that are alive at once: networks, gradients, optimizer, activations, losses. What CUDA
