@@ -37,16 +37,15 @@ CARDS = (8, 12, 16, 24, 32, 48, 80, 96, 141)  # GB
 SPARE = 0.8  # share of a card that a setting may fill: the rest is for CUDA, workspaces and fragments
 PAGE, RESULTS = ROOT / "docs" / "hardware.md", ROOT / "benchmarks" / "results" / "hardware.json"
 # Settings for which the page lists what changes save, and the changes.
-EXAMPLES = ("css/configs/cityscapes.json", "unimatch/configs/cityscapes_unimatch_v2_dinov2_small.json")
+EXAMPLES = ("unimatch/configs/cityscapes_unimatch_v2_dinov2_small.json", "css/configs/cityscapes.json")
+PUBLISHED = {"as published, `--run.precision fp32`": "fp32", "as published, `--run.precision bf16`": "bf16"}
 CHANGES = {
-    "as published, fp32": ("--run.precision", "fp32"),
-    "`--run.precision bf16`": (),
     "`--optim.accumulation 2`": ("--optim.accumulation", "2"),
     "`--optim.accumulation 4`": ("--optim.accumulation", "4"),
     "`--model.grad_checkpointing true`": ("--model.grad_checkpointing", "true"),
     "`--model.freeze_encoder true`": ("--model.freeze_encoder", "true"),
     "`--data.crop_size [518,518]`": ("--data.crop_size", "[518,518]"),
-    "two GPUs, each with half of the batch": ("--optim.batch_size", "4"),
+    "two GPUs, each with half of the batch": ("--optim.batch_size", "half"),
 }
 
 
@@ -104,9 +103,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def effects_markdown(results: dict[str, dict[str, float]]) -> str:
     """The table of changes, one column per example."""
-    lines = ["| bf16, one GPU | " + " | ".join(f"`{config}`" for config in results) + " |"]
+    lines = ["| change, in bf16 | " + " | ".join(f"`{config}`" for config in results) + " |"]
     lines.append("|---" * (1 + len(results)) + "|")
-    for name in CHANGES:
+    for name in (*PUBLISHED, *CHANGES):
         cells = (f"{result[name]} GB" if name in result else "" for result in results.values())
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -116,19 +115,29 @@ def update_page(console: Console) -> None:
     """Compute what the results file lacks, and update file and page after each entry."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"settings": [], "changes": {}}
     found = {row["config"]: row for row in results["settings"]}
-    examples = [setting for setting in SETTINGS if setting.config in EXAMPLES]
-    for setting in [*examples, *SETTINGS]:
+
+    def find(setting: Setting) -> None:
         if setting.config not in found:
             found[setting.config] = describe(setting)
             console.print(found[setting.config], highlight=False, soft_wrap=True)
         results["settings"] = [found[one.config] for one in SETTINGS if one.config in found]
         _write(results)
-    for setting in examples:
-        saved = results["changes"].setdefault(setting.config, {})
-        for name in CHANGES.keys() - saved.keys():
-            saved[name] = round(peak_bytes(setting, "bf16", CHANGES[name]) / GIB, 1)
-            console.print(setting.config, name, saved[name], highlight=False, soft_wrap=True)
-            _write(results)
+
+    for setting in sorted(
+        (one for one in SETTINGS if one.config in EXAMPLES), key=lambda one: EXAMPLES.index(one.config)
+    ):
+        find(setting)
+        published = {name: found[setting.config][precision] for name, precision in PUBLISHED.items()}
+        saved = results["changes"].setdefault(setting.config, published)
+        for name, more in CHANGES.items():
+            if name not in saved:
+                half = str(found[setting.config]["batch"] // 2)
+                more = [half if word == "half" else word for word in more]
+                saved[name] = round(peak_bytes(setting, "bf16", more) / GIB, 1)
+                console.print(setting.config, name, saved[name], highlight=False, soft_wrap=True)
+                _write(results)
+    for setting in SETTINGS:
+        find(setting)
 
 
 def _write(results: dict[str, Any]) -> None:
