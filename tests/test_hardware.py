@@ -1,5 +1,6 @@
 """Memory computed on a fake GPU against memory measured on the CPU."""
 
+import json
 from contextlib import ExitStack
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import hardware
 from benchmarks.fake_cuda import Graph, Memory, Watch
 from common.config.sections import ModelConfig
 from common.losses import cross_entropy, upsample
@@ -62,3 +64,14 @@ def computed(**model: bool) -> int:
 @pytest.mark.parametrize("model", [{}, {"grad_checkpointing": True}, {"freeze_encoder": True}], ids=str)
 def test_computed_memory_is_that_of_a_real_step(model):
     assert computed(**model) == pytest.approx(measured(**model), rel=0.02)
+
+
+def test_the_page_shows_the_stored_results():
+    results, page = json.loads(hardware.RESULTS.read_text()), hardware.PAGE.read_text()
+    assert hardware.markdown(results["settings"]) in page
+    assert hardware.effects_markdown(results["changes"]) in page
+
+
+@pytest.mark.parametrize(("size", "card"), [(6.4, "8 GB"), (6.5, "12 GB"), (64.0, "80 GB"), (120.0, "several")])
+def test_a_card_keeps_a_fifth_free(size, card):
+    assert hardware.card(round(size * hardware.GIB)) == card
