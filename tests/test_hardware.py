@@ -72,6 +72,6 @@ def test_the_page_shows_the_stored_results():
     assert hardware.effects_markdown(results["changes"]) in page
 
 
-@pytest.mark.parametrize(("size", "card"), [(6.4, "8 GB"), (6.5, "12 GB"), (64.0, "80 GB"), (120.0, "several")])
+@pytest.mark.parametrize(("size", "card"), [(6.3, "8 GB"), (6.5, "12 GB"), (64.0, "80 GB"), (120.0, "several")])
 def test_a_card_keeps_a_fifth_free(size, card):
     assert hardware.card(round(size * hardware.GIB)) == card
