@@ -7,7 +7,7 @@ DEMO := runs/prcl/demo
 # With all of its values given, the launcher prints no warning; --quiet leaves the error report to the script.
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test stress lint
+.PHONY: setup demo test stress gpu-check lint
 
 setup: $(INSTALLED)
 
@@ -30,7 +30,11 @@ test: setup
 # Every training script where `make test` runs a few, with tables of all kill points and mutated files.
 stress: setup
 	$(BIN)/python -m pytest --every-script tests/stress tests/test_launch.py tests/test_failures.py \
-		tests/test_gradients.py tests/test_processes.py tests/test_training.py
+		tests/test_gradients.py tests/test_processes.py tests/test_training.py tests/test_gpu_rehearsal.py
+
+# Tests that need a GPU, then speed and memory of every published setting: hours.
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu.py
 
 lint: setup
 	$(BIN)/ruff check .

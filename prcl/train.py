@@ -118,7 +118,8 @@ class ProbabilityHead(nn.Module):
             hidden = F.relu(self.bn1(_pointwise(feature.float(), self.fc1)))
             log_odds = self.gamma * self.bn2(_pointwise(hidden, self.fc2)) + self.beta
             # ln(exp(z) + 1e-6) without overflow: it keeps the variance above 1e-6.
-            return torch.sigmoid(torch.logaddexp(log_odds, log_odds.new_tensor(math.log(1e-6))))
+            # `new_full`, not `new_tensor`: that one copies from the host, which waits for the device.
+            return torch.sigmoid(torch.logaddexp(log_odds, log_odds.new_full((), math.log(1e-6))))
 
 
 class PRCLNetwork(nn.Module):

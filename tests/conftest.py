@@ -94,6 +94,9 @@ def pytest_addoption(parser) -> None:
         "--published", default=None, help="Folder with published lists; tests on them are skipped without."
     )
     parser.addoption("--every-script", action="store_true", help="Test shared machinery with every training script.")
+    parser.addoption(
+        "--gpu-tests-anywhere", action="store_true", help="Run the tests of tests/gpu also where there is no GPU."
+    )
     parser.addoption("--goldens", default=None, help="Folder <paper>/<file>.npz to compare with in place of our own.")
 
 

@@ -89,6 +89,8 @@ def shortened(arguments: list[str]) -> list[str]:
         # Each row is a process with an import of torch.
         plain = ["plain formula"] if "prcl" in arguments else []
         return [*arguments, "--rows", "ours", *plain, "--scale", "0.03", "--repeats", "1"]
+    if arguments[0].endswith("hardware.py"):
+        return [*arguments, *SMALL_MODEL, "--data.crop_size", "[32,32]"]
     if arguments[0].endswith("loader.py"):
         return [*arguments, "--repeats", "1"]
     if arguments[0] in ("benchmarks/step.py", "benchmarks/memory.py"):

@@ -34,10 +34,11 @@ class BufferSnapshot:
             for buffer, part in zip(buffers, parts):
                 buffer.copy_(part.view(buffer.shape))
 
-    def are_finite(self) -> Tensor:
-        """Check the floating-point buffers as they are now: bool []."""
-        flat = [_flat(buffers) for dtype, buffers in self._by_dtype().items() if dtype.is_floating_point]
-        return torch.stack([part.isfinite().all() for part in flat]).all() if flat else torch.tensor(True)
+    def are_finite(self) -> list[Tensor]:
+        """Check the floating-point buffers as they are now: one bool [] per dtype."""
+        return [
+            _flat(buffers).isfinite().all() for dtype, buffers in self._by_dtype().items() if dtype.is_floating_point
+        ]
 
     def _by_dtype(self) -> dict[torch.dtype, list[Tensor]]:
         found: dict[torch.dtype, list[Tensor]] = {}
@@ -56,7 +57,8 @@ def find_non_finite(
     """
     finite = {name: loss.detach().isfinite().all() for name, loss in losses.items()}
     finite["gradient"] = gradients_are_finite(optimizer)
-    finite["running statistics"] = buffers.are_finite().to(finite["gradient"].device)
+    if statistics := buffers.are_finite():
+        finite["running statistics"] = torch.stack(statistics).all()
     flags = gloo.gather_ints(*torch.stack(list(finite.values())).int().tolist())
     return [name for name, of_processes in zip(finite, zip(*flags)) if not all(of_processes)]
 
