@@ -13,9 +13,11 @@ from common.datasets import open_reader
 from common.predict import load_predictor
 from common.predict import main as predict
 from common.splits.split import read_split
+from common.start import main as start
 from splits.make import main as make
 from supervised.train import main as train
 from tests.helpers.commands import SMALL_MODEL
+from tests.helpers.fields import write_field
 from tests.test_your_data import BLOCKS, COLORS, SHORT, draw
 
 MAKE = "--dataset folder --data-root data/mine --image-dir photos --label-dir masks --labels 8 --valid 1/5"
@@ -138,3 +140,27 @@ def test_masks_are_not_overwritten_and_none_is_an_error(mine, tmp_path, capsys):
     with pytest.raises(SystemExit):
         label_all("--out", "data/mine/other", "--min-confidence", "1")
     assert "no pixel reaches the confidence 1" in capsys.readouterr().err
+
+
+def test_images_and_masks_that_patterns_name(tmp_path, monkeypatch, capsys):
+    """The loop with `001_image.png` and `001_annotation.png`: ids in the lists are those of the pattern."""
+    monkeypatch.chdir(tmp_path)
+    write_field(tmp_path / "field", images=12, masks=8)
+    start([str(tmp_path / "field")])
+    with (tmp_path / "field-training" / "classes.txt").open("a") as classes:
+        classes.write("ignore 255 255 255\n")
+    config = ["--config", "field-training/field.json", "--model.pretrained", "false", "--data.crop_size", "[32,32]"]
+    config += [*SMALL_MODEL, "--optim.batch_size", "2", "--run.threads", "1", "--data.workers", "0"]
+    config += ["--run.steps", "2", "--run.eval_every", "2"]
+    train([*config, "--run.dir", "runs/first"])
+    capsys.readouterr()
+    flags = ["--save", "pseudo_label", "--min-confidence", "0", "--masks", "field/annotations", "--out", "auto"]
+    predict(["runs/first", "field/images", *flags, "-d", "cpu"])
+    printed = re.search(r"^train with (.*)$", capsys.readouterr().out, re.MULTILINE)[1].split()
+    split = read_split("auto/split", allow_overlap=True)
+    assert split.unlabeled == ["009", "010", "011", "012"] and len(split.labeled) + len(split.valid) == 12
+    for name in ("001", "008"):
+        drawn = np.asarray(Image.open(f"field/annotations/{name}_annotation.png"))
+        assert np.array_equal(np.asarray(Image.open(f"auto/pseudo_label/{name}_image.png").convert("RGB")), drawn)
+    train([*config, *printed, "--run.dir", "runs/second"])
+    assert Path("runs/second/checkpoints/last").exists()

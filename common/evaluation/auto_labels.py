@@ -16,6 +16,7 @@ from common.config.sections import DataConfig
 from common.datasets import open_reader
 from common.datasets.class_list import ClassList, read_classes
 from common.datasets.folder import IMAGE_SUFFIXES, Folder
+from common.datasets.patterns import NAME_FIELD
 from common.errors import UserError
 from common.evaluation.metainfo import MetaInfo
 from common.splits.split import Split, read_split, valid_of, write_split
@@ -39,6 +40,8 @@ class AutoLabels:
         ignore_color: Color of ignored pixels.
         min_confidence: Smallest confidence of a labeled pixel.
         people: Reader of the masks that people have drawn; None if there are none.
+        ids: Ids of the images in the dataset that the network was trained on, by name; a pattern such as
+            `{name}_image.png` gives other ids than the names of the files.
         shares: Share of labeled pixels, by name, of the images that this process has labeled.
     """
 
@@ -48,11 +51,16 @@ class AutoLabels:
     ignore_color: tuple[int, ...]
     min_confidence: float
     people: Folder | None = None
+    ids: dict[str, str] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)
 
     def is_drawn(self, name: str) -> bool:
         """True if people have drawn a mask of the image."""
-        return self.people is not None and self.people.has_label(name)
+        return self.people is not None and self.people.has_label(self.id_of(name))
+
+    def id_of(self, name: str) -> str:
+        """Id of an image in the lists."""
+        return self.ids.get(name, name)
 
     def write(self, name: str, probability: Tensor) -> None:
         """Write the mask of an image: the one drawn by people, else the confident pixels of probability [C,H,W].
@@ -62,7 +70,7 @@ class AutoLabels:
             OSError: the mask cannot be written.
         """
         if self.is_drawn(name):
-            label = self.people.read_label(name)
+            label = self.people.read_label(self.id_of(name))
         else:
             confidence, prediction = probability.max(0)
             label = prediction.masked_fill(confidence < self.min_confidence, IGNORE)
@@ -85,15 +93,15 @@ class AutoLabels:
         """
         shares = dict(gather_object(list(self.shares.items())))
         # Images that could not be read have no mask.
-        drawn = [name for name in self.files if self.is_drawn(name) and self._path(name).is_file()]
+        drawn = [self.id_of(name) for name in self.files if self.is_drawn(name) and self._path(name).is_file()]
         valid = [name for name in _valid_names(data) if name in set(drawn)]
-        learned = sorted(name for name, share in shares.items() if share > 0)
+        learned = sorted(self.id_of(name) for name, share in shares.items() if share > 0)
         labeled = sorted({*drawn, *learned} - {*valid})
         if not labeled:
             raise UserError(f"no pixel reaches the confidence {self.min_confidence:g}: lower --min-confidence")
         if accelerator.is_main_process:
-            write_split(self.out / SPLIT, Split(labeled, sorted(shares), valid))
-        mean = 100 * float(np.mean([shares[name] for name in learned])) if learned else 0.0
+            write_split(self.out / SPLIT, Split(labeled, sorted(map(self.id_of, shares)), valid))
+        mean = 100 * float(np.mean([share for share in shares.values() if share > 0])) if learned else 0.0
         counts = f"{len(learned)} images labeled ({mean:.1f} % of their pixels)"
         counts += f", {len(shares) - len(learned)} without a confident pixel, {len(drawn)} masks of people kept"
         lists = f"{self.out / SPLIT}: {len(labeled)} labeled, {len(shares)} unlabeled, {len(valid)} for validation"
@@ -165,16 +173,34 @@ def open_auto_labels(
         except OSError as error:
             raise UserError(f"masks cannot be written to {out}: {error.strerror}") from None
     accelerator.wait_for_everyone()
-    people = None
+    labels = AutoLabels(out, files, palette, ignore_color, min_confidence, ids=_ids(files, data))
     if masks is not None:
-        images = next(iter(files.values())).parent.absolute()
-        people = Folder(out, str(images), str(masks.expanduser().absolute()), CLASS_FILE)
-        drawn = [name for name in files if people.has_label(name)]
+        labels.people = Folder(out, _image_pattern(files, data), str(masks.expanduser().absolute()), CLASS_FILE)
+        drawn = [labels.id_of(name) for name in files if labels.is_drawn(name)]
         if not drawn:
             raise UserError(f"--masks {masks}: no mask there belongs to one of the images")
         for name in drawn:
-            people.check_size(name, with_label=True)
-    return AutoLabels(out, files, palette, ignore_color, min_confidence, people)
+            labels.people.check_size(name, with_label=True)
+    return labels
+
+
+def _image_pattern(files: dict[str, Path], data: DataConfig) -> str:
+    """Pattern of the run's images where it names the files of a folder dataset, else the folder of the images."""
+    if _is_pattern(data):
+        return str(Path(data.root).expanduser().absolute() / data.image_dir)
+    return str(next(iter(files.values())).parent.absolute())
+
+
+def _ids(files: dict[str, Path], data: DataConfig) -> dict[str, str]:
+    """Ids by name, of images whose name differs from their id in the run's dataset."""
+    if not _is_pattern(data):
+        return {}
+    reader = open_reader(data)
+    return {name: reader.id_of(str(path)) for name, path in files.items()}
+
+
+def _is_pattern(data: DataConfig) -> bool:
+    return data.dataset == "folder" and NAME_FIELD in data.image_dir
 
 
 def _class_list(data: DataConfig, metainfo: MetaInfo) -> tuple[str, ClassList | None]:
