@@ -88,9 +88,8 @@ class Augmentation:
             if section.name == SECTION:
                 self._now += self._end()
 
-        with mock.patch.object(record_function, "__enter__", entered):
-            with mock.patch.object(record_function, "__exit__", left):
-                watch(train, [*arguments, "--run.steps", str(2 * self.steps + 1)], self)
+        with mock.patch.multiple(record_function, __enter__=entered, __exit__=left):
+            watch(train, [*arguments, "--run.steps", str(2 * self.steps + 1)], self)
         return self.measured[self.steps :]
 
 
