@@ -9,11 +9,10 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from common.augment.resample import box_blur_taps, resample
+from common.augment.resample import box_blur_taps, filter_rows_and_columns
 from common.images import to_device
 
 COLOR_CHANGES = ("brightness", "contrast", "saturation", "hue")  # in the order in which they are drawn
-CPU_PIXELS = 2**17
 _SAME, _NONE = np.eye(3), np.zeros((3, 3))
 _GRAY = np.tile([0.2989, 0.587, 0.114], (3, 1))  # torchvision's weights of red, green and blue
 
@@ -186,15 +185,6 @@ def adjust_hue(image: Tensor, turns: Tensor) -> Tensor:
     1 from its own h, 0 from a distance of 2 on, and linear between; the result is stretched to the range between the
     pixel's lowest and highest channel. 3 to 4 times as fast as torchvision on the CPU.
     """
-    result = torch.empty_like(image)
-    # Results between two operators stay in the cache of a CPU if they are small.
-    count = max(1, CPU_PIXELS // image[0, 0].numel()) if image.device.type == "cpu" else len(image)
-    for part, amount, target in zip(image.split(count), turns.split(count), result.split(count)):
-        _turn_hue(part, amount, target)
-    return result
-
-
-def _turn_hue(image: Tensor, turns: Tensor, target: Tensor) -> None:
     red, green, blue = image.split(1, dim=1)
     highest, lowest = image.amax(1, keepdim=True), image.amin(1, keepdim=True)
     spread = highest - lowest
@@ -206,8 +196,7 @@ def _turn_hue(image: Tensor, turns: Tensor, target: Tensor) -> None:
     hue.div_(spread.clamp(min=torch.finfo(spread.dtype).tiny)).add_(turns, alpha=6)
     hue.sub_((hue / 6).floor_(), alpha=6)
     own, start, slope = _hue_constants(image.device)
-    torch.addcmul(start, (hue - own).abs_(), slope, out=target)
-    target.clamp_(0, 1).mul_(spread).add_(lowest)
+    return torch.addcmul(start, (hue - own).abs_(), slope).clamp_(0, 1).mul_(spread).add_(lowest)
 
 
 @cache
@@ -235,4 +224,4 @@ def _blur(image: Tensor, sigma: np.ndarray) -> Tensor:
     weight = 1 / (2 * whole + 1 + 2 * fraction)
     covered = ((whole + 1 + fraction)[:, None] - np.arange(whole.max() + 2)).clip(0, 1)
     rows, columns = (box_blur_taps(side, weight[:, None] * covered) for side in image.shape[-2:])
-    return resample(image, rows, columns)
+    return filter_rows_and_columns(image, rows, columns)

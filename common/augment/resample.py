@@ -24,20 +24,38 @@ class Taps:
 
 
 def resample(image: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """Replace rows, then columns, of `image` [B,C,H,W], float, by weighted sums of its own: [B,C,rows,columns].
+    """Replace rows, then columns, of `image` [B,C,H,W], float, by weighted sums of its own: [B,C,rows,columns]."""
+    image = _sum_rows(image, rows)
+    index, weight = (
+        to_device(np.moveaxis(each, 2, 0).copy(), image.device) for each in (columns.index, columns.weight)
+    )
+    index, weight = index[:, :, None, None].expand(-1, -1, *image.shape[1:3], -1), weight[:, :, None, None]
+    result = image.gather(3, index[0]).mul_(weight[0])
+    for one, of_one in zip(index[1:], weight[1:]):
+        result.addcmul_(image.gather(3, one), of_one)
+    return result
 
-    The taps follow the image to its device in one copy each.
-    """
-    return _sum_rows(_sum_rows(image, rows).mT, columns).mT.contiguous()
+
+def filter_rows_and_columns(image: Tensor, rows: Taps, columns: Taps) -> Tensor:
+    """`resample` of `image` [B,C,H,W] with K neighbors of each row and column, K odd, the middle one itself."""
+    image, width = _sum_rows(image, rows), image.shape[3]
+    weight = to_device(columns.weight.transpose(0, 2, 1).copy(), image.device)[:, None, None]
+    reach = weight.shape[3] // 2
+    # Shifted by views: columns are not copied.
+    padded = F.pad(image, (reach, reach))
+    result = padded[..., :width] * weight[..., 0, :]
+    for shift in range(1, 2 * reach + 1):
+        result.addcmul_(padded[..., shift : shift + width], weight[..., shift, :])
+    return result
 
 
 def _sum_rows(image: Tensor, taps: Taps) -> Tensor:
     batch, channels, height, width = image.shape
     planes = torch.arange(0, batch * channels * height, height, device=image.device).view(batch, channels, 1, 1)
     index = (planes + to_device(taps.index, image.device).unsqueeze(1)).flatten(0, 2)
-    weight = to_device(taps.weight, image.device).unsqueeze(1).expand(-1, channels, -1, -1)
-    # The one operator that adds up few weighted rows without a copy per tap; it is made for word embeddings.
-    source, weight = image.reshape(-1, width), weight.reshape(index.shape).to(image.dtype)
+    weight = to_device(taps.weight, image.device).unsqueeze(1).expand(-1, channels, -1, -1).reshape(index.shape)
+    # The one operator that adds up weighted rows without a copy per tap; it was made for word embeddings.
+    source = image.reshape(-1, width)
     return F.embedding_bag(index, source, mode="sum", per_sample_weights=weight).view(batch, channels, -1, width)
 
 
@@ -61,7 +79,7 @@ def triangle_taps(size: int, sizes: np.ndarray, wanted: np.ndarray) -> Taps:
 
 
 def box_blur_taps(size: int, weights: np.ndarray) -> Taps:
-    """Taps of three equal filters in a row, each on an image whose edges are repeated.
+    """Taps of three equal filters in a row, each on an image whose edges are repeated; K = 6R + 1 neighbors.
 
     Args:
         size: Rows of source and result.
@@ -73,6 +91,9 @@ def box_blur_taps(size: int, weights: np.ndarray) -> Taps:
     once = np.zeros((len(weights), short, short))
     for distance in range(-reach, reach + 1):
         once[:, rows, (rows + distance).clip(0, short - 1)] += weights[:, abs(distance), None]
-    first = (np.arange(size) - short // 2).clip(0, size - short)
-    weight = (once @ once @ once)[:, np.arange(size) - first]
-    return Taps((first[:, None] + rows)[None], weight.astype(np.float32))
+    row = np.arange(size)[:, None]
+    first = (row - short // 2).clip(0, size - short)
+    neighbor = row + np.arange(-3 * reach, 3 * reach + 1)
+    inside = (neighbor >= first) & (neighbor < first + short)
+    weight = (once @ once @ once)[:, row - first, (neighbor - first).clip(0, short - 1)] * inside
+    return Taps(neighbor.clip(0, size - 1)[None], weight.astype(np.float32))
