@@ -5,7 +5,6 @@ Random numbers come from a `numpy.random.Generator`, in the order of the release
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from common.augment import (
     nearest_crop,
 )
 from common.augment.crops import cut, draw_start, mirror
+from common.augment.resample import filter_rows_and_columns, filter_taps, reflected
 from common.images import normalize, to_device
 from common.seeding import generators
 
@@ -165,10 +165,20 @@ def augment_views(views: Tensor, positions: Sequence[int], seed: int) -> Tensor:
     rngs = zip(*(generators(seed, f"view {number}, on the device", positions) for number in (1, 2)))
     choices = [draw_changes(rng) for pair in rngs for rng in pair]
     image = views.flatten(0, 1) / 255
-    blurred = to_device(np.array([is_blurred for is_blurred, _ in choices]).nonzero()[0], image.device)
-    blur = partial(functional.gaussian_blur, kernel_size=[BLUR_KERNEL, BLUR_KERNEL], sigma=[BLUR_SIGMA, BLUR_SIGMA])
-    image.index_copy_(0, blurred, blur(image.index_select(0, blurred)))
+    blurred = to_device(np.flatnonzero([is_blurred for is_blurred, _ in choices]), image.device)
+    if len(blurred):
+        image.index_copy_(0, blurred, blur(image.index_select(0, blurred)))
     return normalize(apply_photometric_batch(image, [colors for _, colors in choices])).view_as(views)
+
+
+def blur(image: Tensor) -> Tensor:
+    """Blur `image` [B,3,H,W], float, by a Gaussian of 5 x 5 pixels; edges are reflected."""
+    weights = np.exp(-((np.arange(BLUR_KERNEL // 2 + 1) / BLUR_SIGMA) ** 2) / 2)
+    weights /= weights[0] + 2 * weights[1:].sum()
+    rows, columns = (
+        filter_taps(side, np.tile(weights, (len(image), 1)), times=1, edge=reflected) for side in image.shape[-2:]
+    )
+    return filter_rows_and_columns(image, rows, columns)
 
 
 def draw_changes(rng: Generator) -> tuple[bool, Photometric]:

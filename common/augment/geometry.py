@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from common import IGNORE
-from common.augment.resample import resample, triangle_taps
+from common.augment.resample import reflected, resample, triangle_taps
 from common.images import to_device
 
 # Image, label and confidence; the last two may be missing.
@@ -78,7 +78,7 @@ def apply_geometry_batch(
         crop_size: Height and width of the results, pixels.
     """
     axes = _batch_axes(geometries, image.shape[-2:], crop_size)
-    rows, columns = (triangle_taps(axis.side, axis.resized, _reflected(axis.wanted, axis.resized)) for axis in axes)
+    rows, columns = (triangle_taps(axis.side, axis.resized, reflected(axis.wanted, axis.resized)) for axis in axes)
     cropped = resample(image.float(), rows, columns)
     if image.dtype == torch.uint8:
         cropped = cropped.round_().to(torch.uint8)
@@ -127,7 +127,7 @@ def _image_crop(image: Tensor, geometry: CropGeometry, crop_size: Sequence[int])
     for dim, side, start, crop in sorted(_axes(geometry, crop_size), key=lambda axis: axis[1] < axis[3]):
         dim = dim if channels == 0 else dim - 1
         if side < crop:
-            padding = torch.from_numpy(_reflected(np.arange(side, crop), side))
+            padding = torch.from_numpy(reflected(np.arange(side, crop), side))
             image = torch.cat([image, image.index_select(dim, padding)], dim)
         else:
             image = image.narrow(dim, start, crop)
@@ -161,13 +161,6 @@ def _axes(geometry: CropGeometry, crop_size: Sequence[int]) -> tuple[tuple[int, 
 def _nearest(position: np.ndarray, side: int, resized: int | np.ndarray) -> np.ndarray:
     """Pixels of a side that are nearest to those at `position` of the resized side."""
     return (2 * position + 1) * side // (2 * resized)
-
-
-def _reflected(position: np.ndarray, side: int | np.ndarray) -> np.ndarray:
-    """Pixels of a side at `position`, beyond its end reflected as often as needed; edges are not repeated."""
-    period = np.maximum(2 * (side - 1), 1)
-    position = position % period
-    return np.minimum(position, period - position)
 
 
 # ---- a batch

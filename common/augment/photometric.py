@@ -9,7 +9,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from common.augment.resample import box_blur_taps, filter_rows_and_columns
+from common.augment.resample import filter_rows_and_columns, filter_taps, repeated
 from common.images import to_device
 
 COLOR_CHANGES = ("brightness", "contrast", "saturation", "hue")  # in the order in which they are drawn
@@ -84,17 +84,16 @@ def apply_photometric_batch(image: Tensor, photometrics: Sequence[Photometric]) 
     if not colored and not blurred:
         return image
     # uint8 is converted to float, on which color changes are faster and only one rounding is needed.
-    result = image / 255 if image.dtype == torch.uint8 else image
+    result = image / 255 if image.dtype == torch.uint8 else image.clone()
     if colored:
         sequences = [_color_sequence(photometrics[i]) for i in colored]
         order = sorted(range(len(colored)), key=lambda i: (-len(sequences[i].before), len(sequences[i].after)))
         chosen = to_device(np.array([colored[i] for i in order]), image.device)
-        changed = _change_colors(result.index_select(0, chosen), [sequences[i] for i in order])
-        result = result.index_copy(0, chosen, changed)
+        result.index_copy_(0, chosen, _change_colors(result.index_select(0, chosen), [sequences[i] for i in order]))
     if blurred:
         chosen = to_device(np.array(blurred), image.device)
-        changed = _blur(result.index_select(0, chosen), np.array([photometrics[i].blur_sigma for i in blurred]))
-        result = result.index_copy(0, chosen, changed)
+        sigma = np.array([photometrics[i].blur_sigma for i in blurred])
+        result.index_copy_(0, chosen, _blur(result.index_select(0, chosen), sigma))
     return (result * 255).round_().to(torch.uint8) if image.dtype == torch.uint8 else result
 
 
@@ -223,5 +222,5 @@ def _blur(image: Tensor, sigma: np.ndarray) -> Tensor:
     fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     weight = 1 / (2 * whole + 1 + 2 * fraction)
     covered = ((whole + 1 + fraction)[:, None] - np.arange(whole.max() + 2)).clip(0, 1)
-    rows, columns = (box_blur_taps(side, weight[:, None] * covered) for side in image.shape[-2:])
+    rows, columns = (filter_taps(side, weight[:, None] * covered, 3, repeated) for side in image.shape[-2:])
     return filter_rows_and_columns(image, rows, columns)

@@ -1,5 +1,6 @@
 """Weighted sums of rows and columns: resizing and blurring a whole batch, with weights per image, in few operators."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,22 +79,36 @@ def triangle_taps(size: int, sizes: np.ndarray, wanted: np.ndarray) -> Taps:
     return Taps(np.minimum(index, size - 1), weight.astype(np.float32))
 
 
-def box_blur_taps(size: int, weights: np.ndarray) -> Taps:
-    """Taps of three equal filters in a row, each on an image whose edges are repeated; K = 6R + 1 neighbors.
+def filter_taps(size: int, weights: np.ndarray, times: int, edge: Callable[[np.ndarray, int], np.ndarray]) -> Taps:
+    """Taps of a symmetric filter made `times` times in a row; K neighbors of each row, the middle one itself.
 
     Args:
         size: Rows of source and result.
         weights: Weights of the rows at distances 0 to R on each side, float [B,R+1].
+        times: Number of passes; K = 2 x R x times + 1.
+        edge: Maps positions beyond the edges of a number of rows to rows, for every pass.
     """
     reach = weights.shape[1] - 1
-    short = min(size, 6 * reach + 1)  # in a longer image the rows far from the edges are alike
+    short = min(size, 2 * reach * times + 1)  # in a longer image the rows far from the edges are alike
     rows = np.arange(short)
     once = np.zeros((len(weights), short, short))
     for distance in range(-reach, reach + 1):
-        once[:, rows, (rows + distance).clip(0, short - 1)] += weights[:, abs(distance), None]
+        once[:, rows, edge(rows + distance, short)] += weights[:, abs(distance), None]
     row = np.arange(size)[:, None]
     first = (row - short // 2).clip(0, size - short)
-    neighbor = row + np.arange(-3 * reach, 3 * reach + 1)
+    neighbor = row + np.arange(-reach * times, reach * times + 1)
     inside = (neighbor >= first) & (neighbor < first + short)
-    weight = (once @ once @ once)[:, row - first, (neighbor - first).clip(0, short - 1)] * inside
+    weight = np.linalg.matrix_power(once, times)[:, row - first, (neighbor - first).clip(0, short - 1)] * inside
     return Taps(neighbor.clip(0, size - 1)[None], weight.astype(np.float32))
+
+
+def repeated(position: np.ndarray, size: int) -> np.ndarray:
+    """Rows of an image at `position`; beyond its edges, the row at the edge."""
+    return position.clip(0, size - 1)
+
+
+def reflected(position: np.ndarray, size: int | np.ndarray) -> np.ndarray:
+    """Rows of an image at `position`; beyond its edges it is reflected as often as needed, edges not repeated."""
+    period = np.maximum(2 * (size - 1), 1)
+    position = position % period
+    return np.minimum(position, period - position)
