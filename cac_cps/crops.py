@@ -14,9 +14,17 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from common import IGNORE
-from common.augment import CropGeometry, PhotometricRanges, apply_photometric, draw_photometric, nearest_crop
+from common.augment import (
+    CropGeometry,
+    Photometric,
+    PhotometricRanges,
+    apply_photometric_batch,
+    draw_photometric,
+    nearest_crop,
+)
 from common.augment.crops import cut, draw_start, mirror
-from common.images import normalize
+from common.augment.resample import filter_rows_and_columns, filter_taps, reflected
+from common.images import normalize, to_device
 from common.seeding import generators
 
 CELL = 8  # pixels of an image per cell of CAC's feature maps, along a side
@@ -154,11 +162,30 @@ class PairCrop:
 
 def augment_views(views: Tensor, positions: Sequence[int], seed: int) -> Tensor:
     """Blur, color changes and gray, drawn separately for each view: uint8 [B,2,3,H,W] -> normalized."""
-    sides = []
-    for number in (1, 2):
-        rngs = generators(seed, f"view {number}, on the device", positions)
-        sides.append(torch.stack([_changed(one, rng) for one, rng in zip(views[:, number - 1] / 255, rngs)]))
-    return normalize(torch.stack(sides, dim=1))
+    rngs = zip(*(generators(seed, f"view {number}, on the device", positions) for number in (1, 2)))
+    choices = [draw_changes(rng) for pair in rngs for rng in pair]
+    image = views.flatten(0, 1) / 255
+    blurred = to_device(np.flatnonzero([is_blurred for is_blurred, _ in choices]), image.device)
+    if len(blurred):
+        image.index_copy_(0, blurred, blur(image.index_select(0, blurred)))
+    return normalize(apply_photometric_batch(image, [colors for _, colors in choices])).view_as(views)
+
+
+def blur(image: Tensor) -> Tensor:
+    """Blur `image` [B,3,H,W], float, by a Gaussian of 5 x 5 pixels; edges are reflected."""
+    weights = np.exp(-((np.arange(BLUR_KERNEL // 2 + 1) / BLUR_SIGMA) ** 2) / 2)
+    weights /= weights[0] + 2 * weights[1:].sum()
+    rows, columns = (
+        filter_taps(side, np.tile(weights, (len(image), 1)), times=1, edge=reflected) for side in image.shape[-2:]
+    )
+    return filter_rows_and_columns(image, rows, columns)
+
+
+def draw_changes(rng: Generator) -> tuple[bool, Photometric]:
+    """Draw the changes of a view: a blur with probability 0.5; then other colors with 0.8, and gray with 0.2."""
+    blurred, colored, gray = rng.random(3)
+    jitter = draw_photometric(rng, JITTER).jitter if colored < 0.8 else ()
+    return blurred < 0.5, Photometric(jitter, None, gray < 0.2)
 
 
 def _snapped(position: int, origin: int) -> int:
@@ -189,13 +216,3 @@ def _cells(pair: Pair, view: int, height: int, width: int) -> np.ndarray:
     if pair.flips[view]:
         columns = width - 1 - columns
     return (np.arange(top, bottom)[:, None] * width + columns).ravel()
-
-
-def _changed(image: Tensor, rng: Generator) -> Tensor:
-    """Blur with probability 0.5, change colors with 0.8, turn gray with 0.2: float [3,H,W] in [0,1]."""
-    blurred, colored, gray = rng.random(3)
-    if blurred < 0.5:
-        image = functional.gaussian_blur(image, [BLUR_KERNEL, BLUR_KERNEL], [BLUR_SIGMA, BLUR_SIGMA])
-    if colored < 0.8:
-        image = apply_photometric(image, draw_photometric(rng, JITTER))
-    return functional.rgb_to_grayscale(image, num_output_channels=3) if gray < 0.2 else image

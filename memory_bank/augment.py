@@ -264,7 +264,7 @@ def _saturation(image: Tensor, amounts: Sequence[float]) -> Tensor:
 
 
 def _hue(image: Tensor, amounts: Sequence[float]) -> Tensor:
-    return torch.stack([adjust_hue(one, amount) for one, amount in zip(image, amounts, strict=True)])
+    return adjust_hue(image, _column(amounts, image))
 
 
 _COLOR_CHANGES = {"brightness": _brightness, "contrast": _contrast, "saturation": _saturation, "hue": _hue}

@@ -99,6 +99,9 @@ def shortened(arguments: list[str]) -> list[str]:
         if (script := f"{arguments[1]}/train.py") in SCRIPTS:
             less = method_flags(SCRIPTS[script].method)
         return [*arguments, "--steps", "1", *SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, *less, "--run.steps", "6"]
+    if arguments[0].endswith("launches.py"):
+        scripts = [] if "--scripts" in arguments else ["--scripts", "supervised/train.py"]
+        return [*arguments, *scripts, "--steps", "1", *SMALL_DATA, *SMALL_MODEL]
     if arguments[0] not in SCRIPTS:
         return ["2-" if text == "300-" else text for text in arguments]
     small = [*SMALL_DATA, *SMALL_MODEL, *SMALL_RUN, *method_flags(SCRIPTS[arguments[0]].method)]

@@ -92,12 +92,13 @@ def strong_views(weak: Tensor, positions: Sequence[int], seed: int, count: int) 
     """
     rngs = generators(seed, "strong views, on the device", positions)
     height, width = weak.shape[-2:]
-    views = []
+    colors, boxes = [], []
     for _ in range(count):
-        colors = [draw_photometric(rng, STRONG) for rng in rngs]
-        boxes = [draw_cutmix_box(rng, height, width) for rng in rngs]
-        views.append((apply_photometric_batch(weak, colors), box_mask(boxes, height, width, weak.device)))
-    return views
+        colors += [draw_photometric(rng, STRONG) for rng in rngs]
+        boxes += [draw_cutmix_box(rng, height, width) for rng in rngs]
+    images = apply_photometric_batch(weak.repeat(count, 1, 1, 1), colors)  # all views at once
+    masks = box_mask(boxes, height, width, weak.device)
+    return list(zip(images.chunk(count), masks.chunk(count)))
 
 
 def partners(run: Run, *maps: Tensor) -> tuple[Tensor, ...]:

@@ -21,7 +21,6 @@ from common.augment.mixing import cutmix_box_masks, draw_cutmix_box_masks, mix, 
 from common.augment.photometric import (
     Photometric,
     PhotometricRanges,
-    apply_photometric,
     apply_photometric_batch,
     draw_photometric,
 )
@@ -35,7 +34,6 @@ __all__ = [
     "ScaleChoiceCrop",
     "apply_geometry",
     "apply_geometry_batch",
-    "apply_photometric",
     "apply_photometric_batch",
     "color_jitter_blur_flip",
     "cutmix_box_masks",

@@ -5,7 +5,6 @@ Padding is at the bottom and right: the image reflected, the label 255 (ignore),
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from common import IGNORE
+from common.augment.resample import reflected, resample, triangle_taps
+from common.images import to_device
 
 # Image, label and confidence; the last two may be missing.
 Maps = tuple[Tensor, Tensor | None, Tensor | None]
@@ -68,15 +69,25 @@ def apply_geometry_batch(
     geometries: Sequence[CropGeometry],
     crop_size: Sequence[int],
 ) -> Maps:
-    """`apply_geometry` with a geometry per image: `image` [B,3,H,W], `label` and `confidence` [B,...,H,W] or None."""
-    images = [_image_crop(one, geometry, crop_size) for one, geometry in zip(image, geometries, strict=True)]
-    maps = []
-    for values, fill in ((label, IGNORE), (confidence, 0)):
-        if values is not None:
-            crops = [nearest_crop(v, g, crop_size, fill) for v, g in zip(values, geometries, strict=True)]
-            values = torch.stack(crops)
-        maps.append(values)
-    return torch.stack(images), *maps
+    """`apply_geometry` with a geometry per image, on any device, in a fixed number of operators.
+
+    Args:
+        image: [B,3,H,W], uint8 or float.
+        label, confidence: [B,...,H,W] of any type, or None.
+        geometries: The drawn crop of each image.
+        crop_size: Height and width of the results, pixels.
+    """
+    axes = _batch_axes(geometries, image.shape[-2:], crop_size)
+    rows, columns = (triangle_taps(axis.side, axis.resized, reflected(axis.wanted, axis.resized)) for axis in axes)
+    cropped = resample(image.float(), rows, columns)
+    if image.dtype == torch.uint8:
+        cropped = cropped.round_().to(torch.uint8)
+    if label is None and confidence is None:
+        return cropped, None, None
+    pixels = _nearest_pixels(axes, image.device)
+    return cropped, *(
+        None if values is None else _take(values, pixels, fill) for values, fill in ((label, IGNORE), (confidence, 0))
+    )
 
 
 def draw_flip(rng: Generator, probability: float = 0.5) -> bool:
@@ -93,11 +104,12 @@ def flip(image: Tensor, label: Tensor | None, confidence: Tensor | None, flipped
 
 def flip_batch(image: Tensor, label: Tensor | None, confidence: Tensor | None, flipped: Sequence[bool]) -> Maps:
     """`flip` with a choice per image; all are [B,...,H,W], label and confidence may be None."""
+    chosen = to_device(np.array(flipped), image.device)
 
     def each(values: Tensor | None) -> Tensor | None:
-        if values is None:
-            return None
-        return torch.stack([v.flip(-1) if f else v for v, f in zip(values, flipped, strict=True)])
+        return (
+            None if values is None else torch.where(chosen.view(-1, *[1] * (values.dim() - 1)), values.flip(-1), values)
+        )
 
     return each(image), each(label), each(confidence)
 
@@ -115,28 +127,24 @@ def _image_crop(image: Tensor, geometry: CropGeometry, crop_size: Sequence[int])
     for dim, side, start, crop in sorted(_axes(geometry, crop_size), key=lambda axis: axis[1] < axis[3]):
         dim = dim if channels == 0 else dim - 1
         if side < crop:
-            image = torch.cat([image, image.index_select(dim, _reflected(side, crop, image.device))], dim)
+            padding = torch.from_numpy(reflected(np.arange(side, crop), side))
+            image = torch.cat([image, image.index_select(dim, padding)], dim)
         else:
             image = image.narrow(dim, start, crop)
     return image.movedim(channels, 0)
 
 
 def nearest_crop(values: Tensor, geometry: CropGeometry, crop_size: Sequence[int], fill: int) -> Tensor:
-    """Crop of `values` [...,H,W] after nearest-neighbor resizing, padded with `fill` at the bottom and right.
+    """Crop of `values` [...,H,W] after nearest-neighbor resizing, padded with `fill` at the bottom and right; on a CPU.
 
     Only the pixels of the crop are read. The nearest pixel is that of torch's `nearest-exact`, in integers.
     """
-    # On the CPU NumPy indexes columns 6 times as fast as torch.
-    on_cpu = values.device.type == "cpu"
-    arange = np.arange if on_cpu else partial(torch.arange, device=values.device)
     rows, columns = (
-        (2 * arange(start, min(start + crop, side)) + 1) * values.shape[dim] // (2 * side)
+        _nearest(np.arange(start, min(start + crop, side)), values.shape[dim], side)
         for dim, side, start, crop in _axes(geometry, crop_size)
     )
-    if on_cpu:
-        inside = torch.from_numpy(values.numpy()[..., rows, :][..., columns])
-    else:
-        inside = values.index_select(-2, rows).index_select(-1, columns)
+    # NumPy indexes columns 6 times as fast as torch.
+    inside = torch.from_numpy(values.numpy()[..., rows, :][..., columns])
     height, width = inside.shape[-2:]
     if (height, width) == tuple(crop_size):
         return inside
@@ -150,8 +158,53 @@ def _axes(geometry: CropGeometry, crop_size: Sequence[int]) -> tuple[tuple[int, 
     return (-2, geometry.height, geometry.top, crop_size[0]), (-1, geometry.width, geometry.left, crop_size[1])
 
 
-def _reflected(side: int, padded: int, device: torch.device) -> Tensor:
-    """Source pixels of the padding `side` to `padded` of a side: reflected as often as needed, edges not repeated."""
-    period = max(2 * (side - 1), 1)
-    position = torch.arange(side, padded, device=device) % period
-    return torch.minimum(position, period - position)
+def _nearest(position: np.ndarray, side: int, resized: int | np.ndarray) -> np.ndarray:
+    """Pixels of a side that are nearest to those at `position` of the resized side."""
+    return (2 * position + 1) * side // (2 * resized)
+
+
+# ---- a batch
+
+
+@dataclass(frozen=True)
+class _BatchAxis:
+    """Rows or columns of the crops of a batch.
+
+    Attributes:
+        side: Side of the images, pixels.
+        resized: Side of each resized image, int [B,1].
+        wanted: Pixels of the resized images in the crops, [B,crop]; those from `resized` on are padding.
+    """
+
+    side: int
+    resized: np.ndarray
+    wanted: np.ndarray
+
+
+def _batch_axes(
+    geometries: Sequence[CropGeometry], size: Sequence[int], crop_size: Sequence[int]
+) -> tuple[_BatchAxis, _BatchAxis]:
+    of_rows = np.array([(one.height, one.top) for one in geometries])
+    of_columns = np.array([(one.width, one.left) for one in geometries])
+    return tuple(
+        _BatchAxis(side, own[:, :1], own[:, 1:] + np.arange(crop))
+        for own, side, crop in zip((of_rows, of_columns), size, crop_size)
+    )
+
+
+def _nearest_pixels(axes: tuple[_BatchAxis, _BatchAxis], device: torch.device) -> Tensor:
+    """Numbers of the source pixels nearest to those of the crops, int64 [B,rows,columns]; negative in the padding."""
+    rows, columns = axes
+    outside = -rows.side * columns.side
+    nearest = (
+        np.where(axis.wanted < axis.resized, _nearest(axis.wanted, axis.side, axis.resized), outside) for axis in axes
+    )
+    row, column = (to_device(each, device) for each in nearest)
+    return torch.add(column.unsqueeze(1), row.unsqueeze(2), alpha=columns.side)
+
+
+def _take(values: Tensor, pixels: Tensor, fill: int) -> Tensor:
+    """Take `pixels` of `_nearest_pixels` from `values` [B,...,H,W], with `fill` where their number is negative."""
+    wanted = pixels.view(len(pixels), *[1] * (values.dim() - 3), -1).expand(*values.shape[:-2], -1)
+    taken = values.flatten(-2).gather(-1, wanted.clamp(min=0)).masked_fill_(wanted < 0, fill)
+    return taken.unflatten(-1, pixels.shape[-2:])

@@ -39,10 +39,11 @@ def draw_box(rng: Generator, height: int, width: int) -> Box:
 
 def box_mask(boxes: Sequence[Box], height: int, width: int, device: torch.device) -> Tensor:
     """Bool mask [B,H,W] from a box per image: False inside the box."""
-    mask = torch.ones(len(boxes), height, width, dtype=torch.bool, device=device)
-    for one, box in zip(mask, boxes, strict=True):
-        one[box.top : box.bottom, box.left : box.right] = False
-    return mask
+    edges = np.array([(box.top, box.bottom, box.left, box.right) for box in boxes])
+    top, bottom, left, right = to_device(edges, device).T[:, :, None]
+    row, column = torch.arange(height, device=device), torch.arange(width, device=device)
+    inside = ((row >= top) & (row < bottom)).unsqueeze(2) & ((column >= left) & (column < right)).unsqueeze(1)
+    return inside.logical_not_()
 
 
 def draw_cutmix_box_masks(

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from common import IGNORE
-from common.augment import Photometric, apply_photometric, draw_photometric
+from common.augment import Photometric, apply_photometric_batch, draw_photometric
 from common.augment.geometry import nearest_crop
 from common.augment.mixing import box_mask
 from common.config.sections import ModelConfig, OptimConfig
@@ -125,6 +125,11 @@ def strong_photometric(order: Tensor, factors: Tensor, gray: bool, sigma: float)
     return Photometric(jitter, sigma if sigma > 0 else None, gray)
 
 
+def changed(image: Tensor, photometric: Photometric) -> Tensor:
+    """Make color changes of an image [H,W,3] of 8 bits: floats [3,H,W] in [0,1]."""
+    return apply_photometric_batch(image.permute(2, 0, 1)[None] / 255, [photometric])[0]
+
+
 def close_colors(ours: Tensor, want: Tensor, photometric: Photometric) -> None:
     """Compare floats [3,H,W] in [0,1] with 8 bits [H,W,3] within what rounding and Pillow's approximations explain."""
     error = (ours * 255 - want.permute(2, 0, 1).float()).abs()
@@ -137,7 +142,7 @@ def close_colors(ours: Tensor, want: Tensor, photometric: Photometric) -> None:
 def check_colors(path: Path) -> None:
     g = read(path)
     photometric = strong_photometric(g["order"], g["factors"], bool(g["gray"]), float(g["sigma"]))
-    close_colors(apply_photometric(g["image_u8"].permute(2, 0, 1) / 255, photometric), g["out_u8"], photometric)
+    close_colors(changed(g["image_u8"], photometric), g["out_u8"], photometric)
 
 
 def check_item(path: Path) -> None:
@@ -150,7 +155,7 @@ def check_item(path: Path) -> None:
     for view in ("1", "2"):
         order = g[f"order{view}"] if g[f"jitter{view}"] else torch.full((4,), -1)
         photometric = strong_photometric(order, g[f"factors{view}"], bool(g[f"gray{view}"]), float(g[f"sigma{view}"]))
-        ours = apply_photometric(g["out_weak_u8"].permute(2, 0, 1) / 255, photometric)
+        ours = changed(g["out_weak_u8"], photometric)
         close_colors(ours, g[f"out_strong{view}_u8"], photometric)
         box = drawn_box(side, *box_draws_of_item(g, view))
         assert [box.top, box.left, box.bottom - box.top, box.right - box.left] == g[f"box_yxhw{view}"].tolist()
