@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.data import DataLoader
 from torch.utils.weak import WeakIdKeyDictionary
 
+from common.augment.photometric import hue_constants
 from common.engine import checkpoint_files, devices
 from common.engine.run import Run
 from common.images import imagenet_statistics
@@ -262,8 +263,9 @@ class FakeCuda(ExitStack):
 
     def __enter__(self) -> "FakeCuda":
         super().__enter__()
-        imagenet_statistics.cache_clear()
-        self.callback(imagenet_statistics.cache_clear)  # fake tensors are of no use outside
+        for cached in (imagenet_statistics, hue_constants):
+            cached.cache_clear()
+            self.callback(cached.cache_clear)  # fake tensors are of no use outside
         for target, name, new in (
             (devices, "Accelerator", self._accelerator),
             (Accelerator, "backward", lambda accelerator, loss: self._backward(accelerator, loss)),

@@ -22,6 +22,7 @@ STEPS = 3
 # Scripts of the default run: a bank and data-dependent sizes, a custom backward pass, a ViT's teacher, labels alone.
 SOME = ("cac_cps/train.py", "prcl/train.py", "supervised/train.py", "unimatch/train_v2.py")
 FIRST_USE = Wait("common/images.py imagenet_statistics", "aten._to_copy.default", "step")
+FIRST_HUE = Wait("common/augment/photometric.py hue_constants", "aten._to_copy.default", "step")
 FINITE = Wait("common/engine/finite.py find_non_finite", "numpy", "step")
 # All waits of the three steps, by script, if there are more than the check of losses, gradients and buffers.
 IN_STEPS = {
@@ -78,7 +79,7 @@ def waits_in_steps(fake: FakeCuda) -> Counter:
 
 def test_a_step_on_a_gpu_waits_for_nothing_but_the_listed(script, rehearse):
     fake = rehearse(script)
-    allowed = Counter({FIRST_USE: 2, FINITE: STEPS}) + Counter(IN_STEPS.get(script, {}))
+    allowed = Counter({FIRST_USE: 2, FIRST_HUE: 3, FINITE: STEPS}) + Counter(IN_STEPS.get(script, {}))
     assert waits_in_steps(fake) == allowed
     for phase, places in ELSEWHERE.items():
         assert {wait.place for wait in fake.waits if wait.phase == phase} <= places
@@ -98,7 +99,7 @@ def test_a_step_on_a_gpu_waits_for_nothing_but_the_listed(script, rehearse):
 def test_a_network_without_batch_norm_waits_no_more(rehearse):
     encoder = ("--model.backbone", "vit_tiny_patch16_224", "--model.head", "dpt", "--model.pretrained", "false")
     fake = rehearse("supervised/train.py", *encoder)
-    assert waits_in_steps(fake) == Counter({FIRST_USE: 2, FINITE: STEPS})
+    assert waits_in_steps(fake) == Counter({FIRST_USE: 2, FIRST_HUE: 3, FINITE: STEPS})
 
 
 def test_a_tensor_on_the_cpu_is_found(rehearse, monkeypatch):
@@ -127,7 +128,7 @@ def test_a_wait_is_found(read, rehearse, monkeypatch):
         return upsample(logits, *settings)
 
     monkeypatch.setattr(example, "upsample", planted)
-    found = waits_in_steps(rehearse("supervised/train.py")) - Counter({FIRST_USE: 2, FINITE: STEPS})
+    found = waits_in_steps(rehearse("supervised/train.py")) - Counter({FIRST_USE: 2, FIRST_HUE: 3, FINITE: STEPS})
     assert found.total() == STEPS
     assert all("test_gpu_rehearsal.py" in wait.place for wait in found)
 

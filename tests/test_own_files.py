@@ -70,7 +70,7 @@ def test_ids_with_folders_are_read_from_lists(tmp_path):
 
 
 def test_predictions_of_names_with_folders_are_written(tmp_path):
-    sample = Sample("north/001", torch.zeros(3, 6, 4, dtype=torch.uint8), torch.from_numpy(IDS))
+    sample = Sample("north/001", torch.zeros(3, 6, 4, dtype=torch.uint8), torch.from_numpy(IDS), torch.from_numpy(IDS))
     report = Report(("a", "b", "c"), Protocol(), Protocol(), None, "config.json", tmp_path)
     report.write_pictures(CheckpointRef("best", tmp_path, 1, None), [sample], voc_palette())
     assert (tmp_path / "pictures" / "best" / "ids" / "north" / "001.png").is_file()

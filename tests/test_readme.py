@@ -38,7 +38,8 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         text = page.read_text()
-        blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        fences = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        blocks = [block for language, block in fences if not language]
         found += [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
         found += re.findall(r"^\|.*?\| `((?:accelerate launch|python) [^`]*)`", text, re.MULTILINE)
     return sorted(set(found))

@@ -197,12 +197,12 @@ def adjust_hue(image: Tensor, turns: Tensor) -> Tensor:
     # Gray has no hue: 0 / tiny = 0 keeps it gray.
     hue.div_(spread.clamp(min=torch.finfo(spread.dtype).tiny)).add_(turns, alpha=6)
     hue.sub_((hue / 6).floor_(), alpha=6)
-    own, start, slope = _hue_constants(image.device)
+    own, start, slope = hue_constants(image.device)
     return torch.addcmul(start, (hue - own).abs_(), slope).clamp_(0, 1).mul_(spread).add_(lowest)
 
 
 @cache
-def _hue_constants(device: torch.device) -> tuple[Tensor, ...]:
+def hue_constants(device: torch.device) -> tuple[Tensor, ...]:
     """Per channel, [3,1,1]: the h from which distances count, the value there, and its change per sixth of a turn."""
     return tuple(
         torch.tensor(values, device=device).view(3, 1, 1)
