@@ -29,7 +29,7 @@ test: setup
 
 # Every training script where `make test` runs a few, with tables of all kill points and mutated files.
 stress: setup
-	$(BIN)/python -m pytest --every-script tests/stress tests/test_launch.py tests/test_failures.py \
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --every-script tests/stress tests/test_launch.py tests/test_failures.py \
 		tests/test_gradients.py tests/test_processes.py tests/test_training.py tests/test_gpu_rehearsal.py
 
 # Tests that need a GPU, then speed and memory of every published setting: hours.
