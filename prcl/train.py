@@ -319,7 +319,8 @@ def train(config: Config, run: Run) -> None:
             stepped = run.step_optimizer(optimizer, losses)
         with record_function("teacher update"):
             if stepped:
-                update_teacher(teacher, network.segmenter, ema_decay(step, decay))
+                # On labels only, the teacher has no forward of its own that would give it batch-norm statistics.
+                update_teacher(teacher, network.segmenter, ema_decay(step, decay), buffers=method.labels_only)
                 run.average_batch_norm(network, teacher)
 
         logged = run.finish_step(

@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from common.datasets.reader import Reader
 from common.engine.run import Run
@@ -39,6 +40,9 @@ def test_training_opens_labeled_images_alone_and_resumes(script, tiny, shapes_ro
     assert len(names) == 6 and set(names) <= set(labeled)
     assert {path.stem for path in opened} <= {*labeled, *valid}
     assert all(path.is_relative_to(shapes_root) for path in opened)  # not of the source domain
+    evaluated = load_file(run / "checkpoints" / "last" / "model.safetensors")
+    means = {name: mean for name, mean in evaluated.items() if name.endswith("running_mean")}
+    assert means and all(mean.any() for mean in means.values())  # a network without statistics predicts one class
     shutil.copytree(run, tmp_path / "whole", symlinks=True)
     shutil.rmtree(run / "checkpoints" / "step_00000003")
     for link in ("last", "best"):
