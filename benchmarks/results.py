@@ -116,7 +116,8 @@ def draw_curves(table: dict[str, Any], results: Results) -> "Figure":
             style = "-" if setting["baseline"] else "--"
             axes.plot(steps, means, style, marker="o", markersize=3, linewidth=1.2, label=row)
     axes.set(xlabel="step", ylabel="mIoU (%)")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    if axes.lines:
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return page
 
