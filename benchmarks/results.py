@@ -1,7 +1,7 @@
 """Write the tables of docs/results.md and draw its pictures, from the stored results.
 
     python benchmarks/results.py
-    python benchmarks/results.py --out /tmp/page    # writes the page and its pictures elsewhere
+    python benchmarks/results.py --out elsewhere    # writes the page and its pictures there
 
 In the page a block between `<!-- table: NAME -->` and `<!-- end -->` is replaced by the table and the pictures of
 benchmarks/tables/NAME.json; text outside blocks stays. Pictures are written to `pictures/` beside the page.
