@@ -39,8 +39,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.config import load_config, parse
-from common.config.sections import BaseConfig
+from common.config import parse
 from common.datasets import open_reader
 from common.engine.checkpoint_files import list_steps
 from common.engine.devices import accelerator_on
@@ -49,11 +48,8 @@ from common.engine.run_folder import check_folder, stored_before
 from common.errors import UserError, report_errors
 from common.evaluation.evaluate import evaluate
 from common.evaluation.inference import Protocol
-from common.evaluation.metainfo import read_metainfo
-from common.evaluation.selection import find_checkpoints
+from common.evaluation.predictor import load_trained
 from common.metrics import Scores
-from common.models import build_network
-from common.models.weights import load_state, read_state
 from common.splits.split import valid_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -165,14 +161,10 @@ def score(folder: Path, protocol: Protocol, also: str | None) -> dict[str, Any]:
 
     A network that was trained on smaller images gets them as small here.
     """
-    config = load_config(BaseConfig, folder / "config.json")
-    (checkpoint,), _ = find_checkpoints(folder, "last", by_epoch=False)
-    network = build_network(replace(config.model, pretrained=False))
-    load_state(network, read_state(checkpoint.file), str(checkpoint.file), f"the network of {folder / 'config.json'}")
-    accelerator = accelerator_on(None, "fp32", [])
+    trained = load_trained(folder, "last")
+    config, network, accelerator = trained.config, trained.network, accelerator_on(None, "fp32", [])
     network.to(accelerator.device)
-    metainfo = read_metainfo(folder, config.model.num_classes)
-    protocol = replace(protocol, reduce=metainfo.protocol.reduce if metainfo else 1)
+    protocol = replace(protocol, reduce=trained.metainfo.protocol.reduce)
     reader = open_reader(config.data)
     second = replace(config.data, split=also, labeled_list=None, unlabeled_list=None, split_id=None)
     found: dict[str, Any] = {"protocol": protocol.describe()}

@@ -19,8 +19,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, buffers
     Args:
         teacher, student: Networks of the same architecture.
         decay: Share that the teacher keeps.
-        buffers: Average floating-point buffers too and copy the others (UniMatch V2, and teachers that see no image); by
-            default the teacher keeps its own batch-norm statistics.
+        buffers: Average floating-point buffers too and copy the others (UniMatch V2, and teachers that see no image);
+            by default the teacher keeps its own batch-norm statistics.
     """
     get_ema_multi_avg_fn(decay)(list(teacher.parameters()), list(student.parameters()), None)
     for own, other in zip(teacher.buffers(), student.buffers()) if buffers else ():
